@@ -1,0 +1,142 @@
+"""Files that are never half-written, and training checkpoints that resume exactly.
+
+A checkpoint is a folder step-000120/ of .safetensors files and a state.json with their checksums. It
+is written under a temporary name and renamed, so a kill at any moment leaves the one before intact.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+STATE = "state.json"
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
+    """Have `write` fill a temporary file beside `path`, then put it in place in one step.
+
+    Raises:
+        OSError: the disk is full or the folder not writable; `path` is as it was before.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix stays last: MLX writes the format that the file name ends in.
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        write(temporary)
+        _fsync(temporary)
+        temporary.replace(path)
+        _fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, value: object) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_arrays(path: Path, arrays: dict) -> None:
+    """Write named MLX arrays as .safetensors."""
+    import mlx.core as mx
+
+    def write(temporary: Path) -> None:
+        try:
+            mx.save_safetensors(str(temporary), arrays)
+        except RuntimeError as error:  # what MLX raises when a write falls short
+            raise OSError(f"cannot write {path}: {error}") from None
+
+    atomic_write(path, write)
+
+
+def digest(path: Path) -> str:
+    """The SHA-256 of a file, as hex."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@dataclass
+class Checkpoint:
+    step: int
+    state: dict
+    arrays: dict[str, dict]
+
+
+class Checkpoints:
+    """The last few checkpoints of one run, in `folder`."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder = folder
+        self.keep = keep
+
+    def steps(self) -> list[int]:
+        """Steps that have a checkpoint, newest first."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
+        return sorted((int(path.name.removeprefix("step-")) for path in found), reverse=True)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}"
+
+    def save(self, step: int, state: dict, arrays: dict[str, dict]) -> Path:
+        """Write one checkpoint, then drop the oldest beyond `keep`.
+
+        Args:
+            state: what JSON can hold.
+            arrays: file stem → named MLX arrays.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".*"):
+            shutil.rmtree(stale)
+        target, temporary = self._path(step), self.folder / f".{os.getpid()}-{step}"
+        try:
+            temporary.mkdir()
+            for stem, named in arrays.items():
+                save_arrays(temporary / f"{stem}.safetensors", named)
+            checksums = {path.name: digest(path) for path in sorted(temporary.iterdir())}
+            write_json(temporary / STATE, {"step": step, "sha256": checksums, "state": state})
+            if target.exists():
+                shutil.rmtree(target)
+            temporary.rename(target)
+            _fsync(self.folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for old in self.steps()[self.keep :]:
+            shutil.rmtree(self._path(old))
+        return target
+
+    def _read(self, step: int) -> Checkpoint:
+        import mlx.core as mx
+
+        path = self._path(step)
+        record = json.loads((path / STATE).read_text(encoding="utf-8"))
+        for name, expected in record["sha256"].items():
+            if digest(path / name) != expected:
+                raise ValueError(f"{name} does not match its checksum")
+        arrays = {Path(name).stem: mx.load(str(path / name)) for name in record["sha256"]}
+        mx.eval(arrays)
+        return Checkpoint(record["step"], record["state"], arrays)
+
+    def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
+        """The newest checkpoint that reads back whole; damaged ones are named to `warn`."""
+        for step in self.steps():
+            try:
+                return self._read(step)
+            except (OSError, ValueError, KeyError) as error:
+                warn(f"{self._path(step)} is damaged ({error}): falling back to the one before")
+        return None
+
+    def clear(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)

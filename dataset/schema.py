@@ -1,0 +1,342 @@
+"""One typed row, read from every format found in the wild, and the one loader of rows.
+
+A row is canonical ({"query", "output": [["hyde", text], ...]}), input/output, searches, chat
+("messages" and/or rendered "text") or prompt/completion. All of them become an `Example`.
+"""
+
+import glob
+import json
+import random
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prompt import IM_END, IM_START, TYPES, query_of
+
+THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+TURN = re.compile(
+    rf"{re.escape(IM_START)}(\w+)\n(.*?)(?:{re.escape(IM_END)}|(?={re.escape(IM_START)})|\Z)",
+    re.DOTALL,
+)
+INTENT = re.compile(r"\n\s*Query intent:\s*(.*)\Z", re.DOTALL | re.IGNORECASE)
+# "/only:lex" is QMD's form; "only: lex" stands in older rows.
+ONLY_SUFFIX = re.compile(r"\s+/?only:\s*(?:lex|vec|hyde)\s*$", re.IGNORECASE)
+LINE = re.compile(rf"({'|'.join(TYPES)})\s*:\s*(.*)", re.DOTALL)
+
+
+class DataError(ValueError):
+    """A row, a file or a data set that cannot be used; the message starts with its place."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """One query and its expansion: (type, text) pairs, hyde first, then lex, then vec."""
+
+    query: str
+    lines: tuple[tuple[str, str], ...]
+    category: str | None = None
+    intent: str | None = None
+    source: str = ""
+
+
+@dataclass
+class Rows:
+    """The rows of one source, and what was left out on the way."""
+
+    train: list[Example]
+    validation: list[Example] = field(default_factory=list)
+    read: int = 0
+    duplicates: int = 0
+
+    def summary(self) -> str:
+        return (
+            f"{self.read} rows read, {self.duplicates} duplicate queries dropped: "
+            f"{len(self.train)} to train on, {len(self.validation)} to validate on"
+        )
+
+
+def normal_query(query: str) -> str:
+    """The form under which two queries count as the same one."""
+    return " ".join(query.lower().split())
+
+
+def base_query(query: str) -> str:
+    """The normal form without an /only: suffix: variants of one query share it."""
+    return ONLY_SUFFIX.sub("", normal_query(query))
+
+
+def _line(kind: object, text: object) -> tuple[str, str]:
+    if kind not in TYPES:
+        raise ValueError(f"line type {kind!r} is not one of {', '.join(TYPES)}")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"a {kind} line has no text")
+    return kind, " ".join(text.split()) if "\n" in text else text.strip()
+
+
+def _text_lines(text: str) -> list[tuple[str, str]]:
+    text = THINK.sub("", text).replace(IM_END, "").strip()
+    lines = []
+    for raw in filter(None, map(str.strip, text.split("\n"))):
+        match = LINE.match(raw)
+        if match is None:
+            raise ValueError(f"line {raw[:60]!r} does not start with hyde:, lex: or vec:")
+        lines.append(_line(*match.groups()))
+    return lines
+
+
+def _from_messages(messages: object) -> tuple[str, str]:
+    """The last user turn and the assistant turn after it."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("messages is not a list of {role, content}")
+    turns = {m.get("role"): m.get("content") for m in messages}
+    user, assistant = turns.get("user"), turns.get("assistant")
+    if not isinstance(user, str) or not isinstance(assistant, str):
+        raise ValueError("messages has no user or no assistant turn with text")
+    return user, assistant
+
+
+def _from_rendered(text: str) -> tuple[str, str]:
+    turns = [{"role": role, "content": content} for role, content in TURN.findall(text)]
+    if not turns:
+        raise ValueError("the rendered text has no ChatML turns")
+    return _from_messages(turns)
+
+
+def _prompt_message(prompt: object) -> str:
+    """The user's turn of a prompt given as messages, as rendered ChatML or as plain text."""
+    if isinstance(prompt, list):
+        users = [
+            m.get("content") for m in prompt if isinstance(m, dict) and m.get("role") == "user"
+        ]
+        if not users or not isinstance(users[-1], str):
+            raise ValueError("the prompt has no user turn with text")
+        return users[-1]
+    if not isinstance(prompt, str):
+        raise ValueError(f"the prompt is {type(prompt).__name__}, not text")
+    users = [content for role, content in TURN.findall(prompt) if role == "user"]
+    return users[-1] if users else prompt
+
+
+def _completion_text(completion: object) -> str:
+    if isinstance(completion, list) and completion and isinstance(completion[-1], dict):
+        completion = completion[-1].get("content")
+    if not isinstance(completion, str):
+        raise ValueError("the completion is not text")
+    return completion
+
+
+def parse_row(
+    row: object, source: str = "", text_field: str = "text", prompt_field: str = "prompt"
+) -> Example:
+    """One row of any known format as an `Example`.
+
+    Raises:
+        ValueError: says what is wrong with the row, without its place.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"a row is an object, found {type(row).__name__}")
+    intent, category = row.get("intent"), row.get("category")
+    query = row["query"] if row.get("query") is not None else row.get("input")
+
+    if row.get("searches") is not None:
+        searches = row["searches"]
+        if not isinstance(searches, list) or not all(isinstance(s, dict) for s in searches):
+            raise ValueError("searches is not a list of {type, query}")
+        lines = [_line(s.get("type"), s.get("query")) for s in searches]
+    elif isinstance(row.get("output"), list):
+        pairs = row["output"]
+        if not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
+            raise ValueError("output is not a list of [type, text] pairs")
+        lines = [_line(*pair) for pair in pairs]
+    elif isinstance(row.get("output"), str):
+        lines = _text_lines(row["output"])
+    else:
+        if row.get("messages") is not None:
+            query, reply = _from_messages(row["messages"])
+        elif row.get(prompt_field) is not None and row.get("completion") is not None:
+            query, reply = _prompt_message(row[prompt_field]), _completion_text(row["completion"])
+        elif isinstance(row.get(text_field), str):
+            query, reply = _from_rendered(row[text_field])
+        else:
+            known = (
+                "query + output, input + output, query + searches, messages, prompt + completion"
+            )
+            filled = [name for name, value in row.items() if value is not None]
+            raise ValueError(f"no known format: found {filled}, expected one of {known}")
+        lines = _text_lines(reply)
+        asked = INTENT.search(query)
+        if asked:
+            query, intent = query[: asked.start()], asked[1].strip()
+        query = query_of(query) or query
+
+    if not isinstance(query, str) or not query.strip():
+        raise ValueError(f"the query is {query!r}, not a text")
+    if not lines:
+        raise ValueError("the expansion has no lines")
+    lines = sorted(lines, key=lambda line: TYPES.index(line[0]))
+    return Example(
+        query=" ".join(query.split()),
+        lines=tuple(lines),
+        category=category if isinstance(category, str) else None,
+        intent=intent if isinstance(intent, str) and intent else None,
+        source=source,
+    )
+
+
+def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
+    """(place, row) of each line of a JSON Lines file; a broken line gives its error as the row."""
+    try:
+        with path.open("rb") as stream:
+            for number, raw in enumerate(stream, 1):
+                if not raw.strip():
+                    continue
+                place = f"{path}:{number}"
+                try:
+                    yield place, json.loads(raw.decode("utf-8-sig"))
+                except UnicodeDecodeError as error:
+                    yield place, ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
+                except json.JSONDecodeError as error:
+                    yield place, ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _hub_rows(name: str, split: str) -> Iterator[tuple[str, object]]:
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, split=split)
+    except Exception as error:  # the library raises a dozen unrelated types
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise DataError(
+            f"dataset.name {name}: neither a local path nor a data set the Hub gave ({reason}); "
+            "to go on without the Hub, point dataset.name at a file or glob such as 'data/*.jsonl'"
+        ) from None
+    for number, row in enumerate(rows, 1):
+        yield f"{name}[{split}]:{number}", row
+
+
+def _parse_all(rows: Iterable[tuple[str, object]], **fields: str) -> list[Example]:
+    examples, broken = [], []
+    for place, row in rows:
+        try:
+            if isinstance(row, ValueError):
+                raise row
+            examples.append(parse_row(row, place, **fields))
+        except ValueError as error:
+            broken.append(f"{place}: {error}")
+    if broken:
+        more = f" (and {len(broken) - 1} more broken lines)" if len(broken) > 1 else ""
+        raise DataError(f"{broken[0]}{more}")
+    return examples
+
+
+def local_files(name: str) -> list[Path]:
+    """The training files that a file, a folder or a glob stands for; empty when it is none of them.
+
+    A folder that holds train.jsonl stands for that file, any other for its *.jsonl files.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        prepared = path / "train.jsonl"
+        files = [prepared] if prepared.is_file() else sorted(path.glob("*.jsonl"))
+        if not files:
+            raise DataError(f"dataset.name {name}: the folder holds no .jsonl file")
+        return files
+    return sorted(Path(match) for match in glob.glob(str(path)))
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name that is no file here was meant as a path and not as a Hub id (owner/name)."""
+    return (
+        any(char in name for char in "*?[")
+        or name.endswith((".jsonl", ".json"))
+        or name.startswith((".", "/", "~"))
+        or name.count("/") != 1
+        or Path(name).parts[0] in {entry.name for entry in Path().iterdir() if entry.is_dir()}
+    )
+
+
+def _unique(examples: Iterable[Example], seen: set[str]) -> list[Example]:
+    unique = []
+    for example in examples:
+        name = normal_query(example.query)
+        if name not in seen:
+            seen.add(name)
+            unique.append(example)
+    return unique
+
+
+def split_examples(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """(train, validation): all /only: variants of one query fall on the same side.
+
+    Args:
+        share: the part of the rows to hold out, 0 to 1; at least one row when it is above 0.
+    """
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(base_query(example.query), []).append(example)
+    wanted = round(share * len(examples)) or int(share > 0 and len(groups) > 1)
+    order = list(groups)
+    random.Random(seed).shuffle(order)
+    held: set[str] = set()
+    count = 0
+    for name in order:
+        if count >= wanted:
+            break
+        held.add(name)
+        count += len(groups[name])
+    train = [e for e in examples if base_query(e.query) not in held]
+    return train, [e for e in examples if base_query(e.query) in held]
+
+
+def load_rows(
+    name: str,
+    *,
+    split: str = "train",
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    eval_split: float = 0.0,
+    max_samples: int | None = None,
+    seed: int = 42,
+) -> Rows:
+    """The rows of a file, a folder, a glob or a Hub data set, without duplicates, split.
+
+    Duplicates (by lower-cased query) go before the split, so that no query is on both sides. A
+    folder with train.jsonl and val.jsonl keeps its own split. `max_samples` rows of the training
+    side are taken in the order of `seed`.
+
+    Raises:
+        DataError: nothing there, nothing in it, or the first broken row as "path:line: reason".
+    """
+    fields = {"text_field": text_field, "prompt_field": prompt_field}
+    files = local_files(name)
+    if not files and looks_local(name):
+        raise DataError(f"dataset.name {name}: no such file or folder, and no file matches")
+    if files:
+        read = _parse_all((row for path in files for row in _file_rows(path)), **fields)
+    else:
+        read = _parse_all(_hub_rows(name, split), **fields)
+    if not read:
+        raise DataError(f"dataset.name {name}: there are no rows in it")
+
+    seen: set[str] = set()
+    prepared = files[0].with_name("val.jsonl") if files else None
+    if len(files) == 1 and files[0].name == "train.jsonl" and prepared.is_file():
+        held = _parse_all(_file_rows(prepared), **fields)
+        validation = _unique(held, seen)
+        bases = {base_query(e.query) for e in validation}
+        train = [e for e in _unique(read, seen) if base_query(e.query) not in bases]
+        read = read + held
+    else:
+        train, validation = split_examples(_unique(read, seen), eval_split, seed)
+    duplicates = len(read) - len(train) - len(validation)
+    if max_samples is not None and max_samples < len(train):
+        train = random.Random(seed).sample(train, max_samples)
+    return Rows(train, validation, read=len(read), duplicates=duplicates)

@@ -1,0 +1,137 @@
+"""Batched decoding, one for rollouts and evaluation: every prompt prefilled once, rows refilled."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from model import hidden_states, lm_head
+
+
+@dataclass
+class Completion:
+    """Sampled ids as they came, the end token included; `finished` is False when cut at the limit."""
+
+    tokens: list[int]
+    finished: bool = False
+
+
+class Sampler:
+    """Greedy choice. A sampler maps logits to tokens and may carry arrays of one row a sequence."""
+
+    def start(self, rows: int) -> list[mx.array]:
+        """The state of `rows` new sequences."""
+        return []
+
+    def __call__(self, logits: mx.array, state: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
+        """logits (B, V) float32 → tokens (B,), and the state after them."""
+        return mx.argmax(logits, axis=-1), state
+
+
+class TemperatureSampler(Sampler):
+    """softmax(logits / T), drawn by the Gumbel trick: no sorting."""
+
+    def __init__(self, temperature: float):
+        self.temperature = temperature
+
+    def __call__(self, logits, state):
+        return mx.random.categorical(logits / self.temperature), state
+
+
+def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]], copies: Sequence[int]):
+    """(cache, logits) after the prompts, each computed once and repeated `copies` times."""
+    from mlx_lm.models.cache import BatchKVCache
+
+    longest = max(map(len, prompts))
+    padding = [longest - len(p) for p in prompts]
+    tokens = mx.array([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)])
+    cache = [BatchKVCache(padding) for _ in model.layers]
+    last = hidden_states(model, tokens, cache)[:, -1]  # (P, D)
+    rows = mx.array([i for i, n in enumerate(copies) for _ in range(n)])
+    for layer in cache:
+        layer.filter(rows)
+    return cache, lm_head(model)(last)[rows].astype(mx.float32)
+
+
+def generate(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    end: int,
+    samples: int = 1,
+    sampler: Sampler | None = None,
+    batch_size: int = 32,
+    progress: Callable[[int], None] | None = None,
+) -> list[Completion]:
+    """Complete every prompt `samples` times, many rows at once.
+
+    Rows that finish leave the batch and waiting prompts take their place.
+
+    Args:
+        prompts: token ids.
+        end: the id that ends a completion; it is kept in the completion.
+        batch_size: the most rows decoded together.
+        progress: called with the number of completions done, whenever it changes.
+
+    Returns:
+        `samples` completions of the first prompt, then of the second, and so on.
+    """
+    sampler = sampler or Sampler()
+    head = lm_head(model)
+    done = [Completion([]) for _ in range(len(prompts) * samples)]
+    waiting = deque(range(len(done)))
+    active: list[int] = []  # indices into `done`, one a row of the batch
+    cache, state, logits = [], [], None
+    finished = 0
+
+    def admit() -> None:
+        """Fill the free rows: a prompt's waiting samples share one prefill."""
+        nonlocal cache, state, logits
+        rows = [waiting.popleft() for _ in range(min(batch_size - len(active), len(waiting)))]
+        sources = sorted({row // samples for row in rows})
+        copies = [sum(row // samples == source for row in rows) for source in sources]
+        fresh, fresh_logits = _prefill(model, [prompts[source] for source in sources], copies)
+        fresh_state = sampler.start(len(rows))
+        if active:
+            for old, new in zip(cache, fresh, strict=True):
+                old.extend(new)
+            logits = mx.concatenate([logits, fresh_logits])
+            state = [mx.concatenate(pair) for pair in zip(state, fresh_state, strict=True)]
+        else:
+            cache, state, logits = fresh, fresh_state, fresh_logits
+        active.extend(rows)
+
+    while active or waiting:
+        # A refill costs a prefill, a compaction a copy of the cache: both wait for a few free rows.
+        if waiting and (not active or batch_size - len(active) >= max(1, batch_size // 8)):
+            admit()
+        tokens, state = sampler(logits, state)
+        keep = []
+        for row, (index, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
+            completion = done[index]
+            if completion.finished or len(completion.tokens) >= max_tokens:
+                continue  # a row that ended earlier and still awaits compaction
+            completion.tokens.append(token)
+            completion.finished = token == end
+            if completion.finished or len(completion.tokens) == max_tokens:
+                finished += 1
+                if progress is not None:
+                    progress(finished)
+            else:
+                keep.append(row)
+        if not keep:
+            active, logits = [], None
+            continue
+        free = len(active) - len(keep)
+        if free and (waiting or free >= max(1, len(active) // 8)):
+            rows = mx.array(keep)
+            for layer in cache:
+                layer.filter(rows)
+            state = [array[rows] for array in state]
+            tokens = tokens[rows]
+            active = [active[row] for row in keep]
+        logits = head(hidden_states(model, tokens[:, None], cache)[:, -1]).astype(mx.float32)
+    return done

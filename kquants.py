@@ -1,0 +1,376 @@
+"""K-quants in numpy: write ggml's Q4_K, Q5_K and Q6_K, and say which tensor gets which type.
+
+The gguf package reads these formats but does not write them. `quantize` gives the bytes that
+llama.cpp's own quantiser gives without an importance matrix (tests/bench/kquants_vs_ggml.py
+compares the two). Left out: importance matrices, Q2_K, Q3_K and the IQ types.
+
+Block layouts and the search for scales follow ggml (https://github.com/ggml-org/ggml, MIT licence,
+Copyright (c) 2023-2026 The ggml authors). The code is this project's own, vectorised over blocks.
+
+Bit-identity rests on two habits. Every sum runs over the positions of a block one after the other
+in float32, as a C loop does: arrays are (position, block), so that numpy's sum over axis 0 adds
+whole rows in order. And products are grouped as in ggml: (w·L)·L is not w·(L·L).
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf import quantize as gguf_quantize
+
+F32, F16, BF16, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K = (
+    GGMLQuantizationType[name]
+    for name in ("F32", "F16", "BF16", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
+)
+
+# The type most tensors of a file get.
+BASE_TYPES = {
+    LlamaFileType.ALL_F32: F32,
+    LlamaFileType.MOSTLY_F16: F16,
+    LlamaFileType.MOSTLY_BF16: BF16,
+    LlamaFileType.MOSTLY_Q8_0: Q8_0,
+    LlamaFileType.MOSTLY_Q4_K_M: Q4_K,
+    LlamaFileType.MOSTLY_Q5_K_M: Q5_K,
+    LlamaFileType.MOSTLY_Q6_K: Q6_K,
+}
+# For rows that are no whole number of 256-value blocks.
+NARROW_TYPES = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
+
+BLOCK = 256  # values that share the half-precision scales of a K-quant
+CHUNK = 256  # blocks at a time: a chunk's arrays of 256 kB each fit a core's own cache
+THREADS = min(4, os.cpu_count() or 1)
+NO_SCALE = np.float32(1e-15)  # Q6_K: a group below this is all zero
+
+
+def tensor_type(
+    name: str, shape: tuple[int, ...], ftype: LlamaFileType, *, n_layers: int, tied: bool
+) -> GGMLQuantizationType:
+    """The type llama.cpp's quantiser picks for a tensor of a dense qwen2, qwen3 or llama model.
+
+    name: the tensor's name in the GGUF, such as `blk.3.attn_v.weight`.
+    shape: rows first, so that the last number is the row's width.
+    tied: the file has no `output.weight`; the token embedding is used in its place.
+
+    Where llama.cpp refuses (Q8_0 for a width that is no multiple of 32) this is F16.
+    Raises ValueError for a file type it does not know.
+    """
+    if ftype not in BASE_TYPES:
+        known = ", ".join(known.name for known in BASE_TYPES)
+        raise ValueError(f"file type {ftype!r} is not supported; supported: {known}")
+    if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+        return F32
+    chosen = BASE_TYPES[ftype]
+    if chosen in (F32, F16, BF16):
+        return chosen
+
+    parts = name.split(".")
+    if name == "output.weight" or (tied and name == "token_embd.weight"):
+        chosen = Q8_0 if chosen == Q8_0 else Q6_K
+    elif ftype in (LlamaFileType.MOSTLY_Q4_K_M, LlamaFileType.MOSTLY_Q5_K_M):
+        if parts[-2] in ("attn_v", "ffn_down") and _more_bits(int(parts[1]), n_layers):
+            chosen = Q6_K
+
+    width = shape[-1]
+    if width % BLOCK:
+        chosen = NARROW_TYPES.get(chosen, chosen)
+    return F16 if width % GGML_QUANT_SIZES[chosen][0] else chosen
+
+
+def _more_bits(layer: int, n_layers: int) -> bool:
+    """The first and the last eighth of the layers, and every third one between them."""
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def quantize(array: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
+    """The bytes of a tensor in a GGUF.
+
+    array: float32, (..., width). Result: uint8, (..., bytes of a row).
+    Q4_K, Q5_K and Q6_K are made here; the gguf package makes F32, F16, BF16 and Q4_0 to Q8_0.
+    Beside the result it needs a few MB for each thread.
+
+    Raises ValueError for another dtype, a width that is no whole number of blocks, and values
+    that are NaN, infinite or too large for the half precision of a scale.
+    """
+    if array.dtype != np.float32:
+        raise ValueError(f"expected float32 to quantise, found {array.dtype}; convert it first")
+    block, size = GGML_QUANT_SIZES[qtype]
+    *rows, width = array.shape
+    if width % block:
+        raise ValueError(
+            f"{qtype.name} needs rows of a multiple of {block} values, found {width}; "
+            "ask tensor_type for a type that fits"
+        )
+    limit = np.finfo(np.float32 if qtype in (F32, BF16) else np.float16).max
+    peak = np.maximum(array.max(), -array.min())  # NaN when there is a NaN
+    if not peak <= limit:
+        raise ValueError(
+            f"{qtype.name} holds magnitudes up to {limit:.6g}, found {peak}; check the weights"
+        )
+
+    array = np.ascontiguousarray(array)
+    if qtype not in ENCODERS:
+        return gguf_quantize(array, qtype).view(np.uint8)
+    blocks = array.reshape(-1, block)
+    result = np.empty((len(blocks), size), np.uint8)
+
+    def encode(start: int) -> None:
+        part = slice(start, start + CHUNK)
+        # The settings are a thread's own. Divisions by zero are meant: what they give is masked.
+        with np.errstate(all="ignore"):
+            result[part] = ENCODERS[qtype](blocks[part])
+
+    with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the GIL inside its loops
+        list(pool.map(encode, range(0, len(blocks), CHUNK)))
+    return result.reshape(*rows, -1)
+
+
+# ---- search for scales: (position, block) arrays ----
+
+
+def _scratch(count: int, like: np.ndarray) -> np.ndarray:
+    """`count` float32 arrays of one shape, on 64-byte lines: numpy's vector loops then run twice as fast."""
+    room = np.empty(count * like.size + 16, np.float32)
+    start = -room.ctypes.data % 64 // 4
+    return room[start : start + count * like.size].reshape(count, *like.shape)
+
+
+def _total(terms: np.ndarray) -> np.ndarray:
+    """Sum over the positions, row after row."""
+    return np.add.reduce(terms, axis=0)  # (positions, B) -> (B,)
+
+
+def _nearest_int(values: np.ndarray) -> np.ndarray:
+    """Round half to even as ggml does, beyond ±2²² and for infinities too.
+
+    Adding 1.5·2²³ leaves the integer in the low 23 bits of the float.
+    """
+    return ((values + np.float32(12582912)).view(np.int32) & 0x7FFFFF) - 0x400000
+
+
+def _search_affine(
+    x: np.ndarray, top: int, first: float, steps: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Scale and minimum of each group, so that scale·L − minimum ≈ x for levels L in 0..top.
+
+    x: (32, B). Returns scale, minimum, origin and inverse, each (B,):
+    round((x − origin)·inverse), clipped, are the levels that won.
+
+    ggml's make_qkx2_quants. It starts from the plain grid low = min(0, x), scale = (max(x) − low)
+    / top. Candidate k has inverse = (top + first + k/10) / (max(x) − low), levels
+    L = round((x − low)·inverse) and for them the least-squares line with weights w = rms(x) + |x|:
+
+        D = Σw ΣwL² − (ΣwL)²    scale = (Σw ΣwLx − Σwx ΣwL) / D    low' = (ΣwL² Σwx − ΣwL ΣwLx) / D
+
+    or scale = ΣwLx / ΣwL², low' = 0 where low' > 0. A line that lowers Σw(scale·L + low' − x)²
+    replaces the one before, and its low' is the low of the candidates after it.
+    """
+    levels, weights, product, term = _scratch(4, x)  # (32, B) each
+
+    def set_levels(origin: np.ndarray, inverse: np.ndarray) -> None:
+        inverse[np.isinf(inverse)] = 0  # ggml's rounding makes infinity level 0
+        np.subtract(x, origin, out=levels)
+        np.multiply(levels, inverse, out=levels)
+        np.rint(levels, out=levels)
+        np.clip(levels, 0, top, out=levels)
+
+    def error(scale: np.ndarray, low: np.ndarray) -> np.ndarray:
+        np.multiply(levels, scale, out=term)
+        np.add(term, low, out=term)
+        np.subtract(term, x, out=term)
+        np.multiply(term, term, out=term)
+        np.multiply(term, weights, out=term)
+        return _total(term)
+
+    np.multiply(x, x, out=term)
+    np.abs(x, out=weights)
+    weights += np.sqrt(_total(term) / 32)
+    sum_w = _total(weights)
+    np.multiply(weights, x, out=term)
+    sum_x = _total(term)
+
+    high = x.max(axis=0)
+    low = np.minimum(x.min(axis=0), 0)
+    origin = low.copy()
+    inverse = top / (high - low)
+    scale = np.where(high == low, 0, 1 / inverse)
+    set_levels(origin, inverse)
+    least = error(scale, low)
+    for k in range(steps + 1):
+        steepness = np.float32(first) + np.float32(0.1) * np.float32(k) + np.float32(top)
+        new_inverse = steepness / (high - low)
+        set_levels(low, new_inverse)
+        np.multiply(weights, levels, out=product)
+        sum_l = _total(product)
+        np.multiply(product, levels, out=term)
+        sum_l2 = _total(term)
+        np.multiply(product, x, out=term)
+        sum_lx = _total(term)
+
+        determinant = sum_w * sum_l2 - sum_l * sum_l
+        new_scale = (sum_w * sum_lx - sum_x * sum_l) / determinant
+        new_low = (sum_l2 * sum_x - sum_l * sum_lx) / determinant
+        np.divide(sum_lx, sum_l2, out=new_scale, where=new_low > 0)
+        np.minimum(new_low, 0, out=new_low)
+        new_error = error(new_scale, new_low)
+        better = (determinant > 0) & (new_error < least)
+        np.copyto(least, new_error, where=better)
+        np.copyto(scale, new_scale, where=better)
+        np.copyto(inverse, new_inverse, where=better)
+        np.copyto(origin, low, where=better)
+        np.copyto(low, new_low, where=better)
+    return scale, -low, origin, inverse
+
+
+def _search_symmetric(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scale of each group, so that scale·L ≈ x for levels L in −32..31.
+
+    x: (16, B). Returns scale and inverse, each (B,): round(x·inverse), clipped, are the levels
+    that won. Both are 0 for a group without a magnitude of 1e-15.
+
+    ggml's make_qx_quants with rmse_type 1. Candidate k in −9..9 has inverse = −(32 + k/10) / peak,
+    where peak is the first value of the largest magnitude, and with the weights w = x²
+
+        scale = ΣwLx / ΣwL²    which leaves the least error where (ΣwLx)² / ΣwL² is largest.
+
+    Candidate 0 goes first; another one must be better to win.
+    """
+    levels, weights, weighted, magnitude, term = _scratch(5, x)  # (16, B) each
+    np.abs(x, out=magnitude)
+    np.multiply(x, x, out=weights)
+    np.multiply(weights, x, out=weighted)
+    peak, largest = np.zeros((2, x.shape[1]), np.float32)
+    for row, size in zip(x, magnitude, strict=True):
+        larger = size > largest
+        np.copyto(peak, row, where=larger)
+        np.copyto(largest, size, where=larger)
+    peak[largest < NO_SCALE] = np.inf  # every candidate is then all zero, and none wins
+
+    scale, inverse = np.zeros_like(peak), np.zeros_like(peak)
+    best = np.full_like(peak, -1)
+    for k in (0, *range(-9, 0), *range(1, 10)):
+        candidate = -(np.float32(32) + np.float32(0.1) * np.float32(k)) / peak
+        np.multiply(x, candidate, out=levels)
+        np.rint(levels, out=levels)
+        np.clip(levels, -32, 31, out=levels)
+        np.multiply(weighted, levels, out=term)
+        sum_lx = _total(term)
+        np.multiply(weights, levels, out=term)
+        np.multiply(term, levels, out=term)
+        sum_l2 = _total(term)
+        better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
+        this_scale = sum_lx / sum_l2
+        np.copyto(scale, this_scale, where=better)
+        np.copyto(best, this_scale * sum_lx, where=better)
+        np.copyto(inverse, candidate, where=better)
+    return scale, inverse
+
+
+# ---- blocks of 256 values: (n, 256) float32 in, (n, bytes) uint8 out ----
+
+
+def _columns(blocks: np.ndarray, group: int) -> np.ndarray:
+    """(n, 256) -> (group, n·256/group): position in the group first."""
+    groups = blocks.reshape(-1, group).T
+    (x,) = _scratch(1, groups)
+    np.copyto(x, groups)
+    return x
+
+
+def _six_bit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n, 8) values ≥ 0 as a half-precision unit (n, 1) and codes 0..63 (n, 8)."""
+    largest = np.maximum(values.max(axis=1, keepdims=True), 0)
+    inverse = np.where(largest > 0, 63 / largest, 0)
+    codes = np.minimum(_nearest_int(inverse * values).astype(np.uint8), 63)
+    return (largest / 63).astype(np.float16), codes
+
+
+def _encode_affine(
+    blocks: np.ndarray, top: int, first: float, steps: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """What Q4_K and Q5_K share: 16 bytes of scales a block and the levels, (n, 8, 32) uint8.
+
+    Eight groups of 32, x ≈ d·s·L − dmin·m: d and dmin in half precision, then s and m in six bits
+    each: the bytes 0-3 and 4-7 hold s and m of groups 0-3 with two high bits of groups 4-7 on top,
+    the bytes 8-11 the low four bits of those.
+    """
+    x = _columns(blocks, 32)
+    scale, minimum, origin, inverse = _search_affine(x, top, first, steps)
+    d, s = _six_bit(scale.reshape(-1, 8))
+    dmin, m = _six_bit(minimum.reshape(-1, 8))
+
+    step = (d.astype(np.float32) * s).reshape(-1)  # (B,)
+    offset = (dmin.astype(np.float32) * m).reshape(-1)
+    levels = _nearest_int((x + offset) / step).clip(0, top)
+    lost = step == 0  # the levels of the search stay where a scale is rounded to nothing
+    levels[:, lost] = np.rint((x[:, lost] - origin[lost]) * inverse[lost]).clip(0, top)
+
+    high_s, high_m = s[:, 4:], m[:, 4:]
+    header = np.concatenate(
+        [
+            d.view(np.uint8),
+            dmin.view(np.uint8),
+            s[:, :4] | high_s >> 4 << 6,
+            m[:, :4] | high_m >> 4 << 6,
+            high_s & 15 | high_m << 4,
+        ],
+        axis=1,
+    )
+    return header, levels.T.astype(np.uint8).reshape(-1, 8, 32)
+
+
+def _nibbles(levels: np.ndarray) -> np.ndarray:
+    """(n, 8, 32) levels, low four bits: groups 2i and 2i + 1 share 32 bytes."""
+    low = levels & 15
+    return (low[:, 0::2] | low[:, 1::2] << 4).reshape(-1, 128)
+
+
+def _encode_q4_k(blocks: np.ndarray) -> np.ndarray:
+    """144 bytes a block: scales (16), levels (128)."""
+    header, levels = _encode_affine(blocks, top=15, first=-1.0, steps=20)
+    return np.concatenate([header, _nibbles(levels)], axis=1)
+
+
+def _encode_q5_k(blocks: np.ndarray) -> np.ndarray:
+    """176 bytes a block: scales (16), fifth bits (32: bit g of byte i is group g's), levels (128)."""
+    header, levels = _encode_affine(blocks, top=31, first=-0.5, steps=15)
+    fifth = np.packbits(levels >> 4, axis=1, bitorder="little").reshape(-1, 32)
+    return np.concatenate([header, fifth, _nibbles(levels)], axis=1)
+
+
+def _encode_q6_k(blocks: np.ndarray) -> np.ndarray:
+    """210 bytes a block: low four bits (128), high two bits (64), scales (16), d (2).
+
+    Sixteen groups of 16, x ≈ d·s·(L − 32), s in −128..127. A block without a scale is all zero.
+    """
+    x = _columns(blocks, 16)
+    scale, inverse = _search_symmetric(x)
+    scales = scale.reshape(-1, 16)
+    largest = np.take_along_axis(scales, np.abs(scales).argmax(axis=1)[:, None], axis=1)  # (n, 1)
+    unit = -128 / largest
+    d = (1 / unit).astype(np.float16)
+    s = np.minimum(_nearest_int(unit * scales), 127).astype(np.int8)
+
+    step = (d.astype(np.float32) * s).reshape(-1)  # (B,)
+    levels = _nearest_int(x / step).clip(-32, 31) + 32
+    lost = step == 0  # as in _encode_affine; a group of zeros has the code 0
+    kept = np.rint(x[:, lost] * inverse[lost]).clip(-32, 31) + 32
+    levels[:, lost] = np.where(inverse[lost] == 0, 0, kept)
+
+    quarters = levels.T.astype(np.uint8).reshape(-1, 2, 4, 32)  # 128 values: four runs of 32
+    low, high = quarters & 15, quarters >> 4
+    result = np.concatenate(
+        [
+            (low[:, :, :2] | low[:, :, 2:] << 4).reshape(-1, 128),
+            (high << np.array([0, 2, 4, 6], np.uint8)[:, None]).sum(2, np.uint8).reshape(-1, 64),
+            s.view(np.uint8),
+            d.view(np.uint8),
+        ],
+        axis=1,
+    )
+    result[np.abs(largest[:, 0]) < NO_SCALE] = 0
+    return result
+
+
+ENCODERS = {Q4_K: _encode_q4_k, Q5_K: _encode_q5_k, Q6_K: _encode_q6_k}

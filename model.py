@@ -1,0 +1,329 @@
+"""The one file that knows mlx-lm's models: load base + adapters, add LoRA, fuse, save.
+
+An adapter folder holds mlx-lm's own adapters.safetensors and adapter_config.json. The latter also
+records the base model (and, for GRPO, the SFT adapter beneath it, copied into the sub-folder named
+by "parent"), so that a chain base → SFT → GRPO is found from its last folder alone.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from checkpoint import digest, save_arrays, write_json
+from prompt import IM_END
+
+ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+# Weights, configuration and tokenizer; never a repository's Python files.
+DOWNLOADS = ["*.json", "model*.safetensors", "*.txt", "*.jinja"]
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+ARCHITECTURES = ("qwen3", "qwen2", "llama")
+QUANT_GROUP = 64
+
+
+class ModelError(ValueError):
+    """A model or adapter that cannot be used as asked."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a model is made of: a base folder and the adapters over it, the oldest first."""
+
+    name: str
+    base: str
+    path: Path
+    revision: str | None = None
+    bits: int | None = None
+    adapters: tuple[Path, ...] = ()
+
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of every adapter file of the chain."""
+        return {str(folder): digest(folder / ADAPTER_FILE) for folder in self.adapters}
+
+
+def compute_dtype() -> mx.Dtype:
+    """bfloat16 on a GPU; float32 on the CPU, where half precision is slow."""
+    return mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32
+
+
+def fetch(name: str, revision: str | None = None) -> Path:
+    """The folder of a base model: `name` itself, or the Hub's snapshot of it.
+
+    Raises:
+        ModelError: no such folder, or the Hub cannot be reached or does not have it.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(name) or Path(name).parts[0] in ("outputs", "data", "."):
+        raise ModelError(f"model {name}: there is no such folder, and it is no Hub id (owner/name)")
+    import huggingface_hub
+
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS)
+        )
+    except Exception as error:  # requests, httpx, OSError and the Hub's own types
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise ModelError(
+            f"model {name}: the Hub did not give it ({type(error).__name__}: {reason}); to go on "
+            "without the Hub, copy the model's folder here and name that folder instead"
+        ) from None
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
+
+
+def read_chain(name: str) -> Chain:
+    """Follow an adapter folder's records down to the base; a base model is a chain without adapters.
+
+    Raises:
+        ModelError: `name` is neither an adapter folder, a model folder nor a model on the Hub.
+    """
+    folder = Path(name).expanduser()
+    if not (folder / ADAPTER_CONFIG).is_file():
+        path = fetch(name)
+        if not (path / "config.json").is_file():
+            raise ModelError(
+                f"model {name}: neither an adapter folder ({ADAPTER_CONFIG}) nor a model folder "
+                "(config.json)"
+            )
+        revision = path.name if path.parent.name == "snapshots" else None
+        return Chain(name, name, path, revision)
+
+    adapters = [folder]
+    record = _read_json(folder / ADAPTER_CONFIG)
+    while parent := record.get("parent"):
+        adapters.insert(0, adapters[0] / parent)
+        record = _read_json(adapters[0] / ADAPTER_CONFIG)
+    if "model" not in record:
+        raise ModelError(f"{adapters[0] / ADAPTER_CONFIG}: does not name its base model")
+    base, revision = record["model"], record.get("revision")
+    path = fetch(base, revision)
+    return Chain(name, base, path, revision, record.get("quantize_bits"), tuple(adapters))
+
+
+def model_config(path: Path) -> dict:
+    """A base model's config.json, of a supported architecture.
+
+    Raises:
+        ModelError: unreadable, or another architecture.
+    """
+    config = _read_json(path / "config.json")
+    if config.get("model_type") not in ARCHITECTURES:
+        raise ModelError(
+            f"{path}: architecture {config.get('model_type')!r} is not supported; "
+            f"supported: {', '.join(ARCHITECTURES)}"
+        )
+    return config
+
+
+def load_tokenizer(path: Path):
+    from mlx_lm.utils import load_tokenizer as load
+
+    try:
+        return load(path)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def end_token(tokenizer) -> int:
+    """The id of <|im_end|>, with which every completion ends.
+
+    Raises:
+        ModelError: the vocabulary has no such token: not a ChatML model.
+    """
+    ids = tokenizer.encode(IM_END, add_special_tokens=False)
+    if len(ids) != 1:
+        raise ModelError(f"the tokenizer has no {IM_END} token: only ChatML models can be used")
+    return ids[0]
+
+
+def load_base(path: Path, bits: int | None = None) -> nn.Module:
+    """A base model in the device's dtype, its weights frozen; quantised to `bits` when given."""
+    from mlx_lm.utils import load_model
+
+    model_config(path)
+    try:
+        model, _ = load_model(path, lazy=True)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+    model.set_dtype(compute_dtype())
+    if bits:
+        nn.quantize(
+            model,
+            QUANT_GROUP,
+            bits,
+            class_predicate=lambda _, module: (
+                hasattr(module, "to_quantized") and module.weight.shape[-1] % QUANT_GROUP == 0
+            ),
+        )
+    model.freeze()
+    mx.eval(model.parameters())
+    return model
+
+
+def load_chain(chain: Chain, fuse_last: bool = False) -> tuple[nn.Module, object]:
+    """(model, tokenizer) of a chain: its adapters fused one after the other, the last one kept as
+    LoRA layers unless `fuse_last`."""
+    model, tokenizer = load_base(chain.path, chain.bits), load_tokenizer(chain.path)
+    for folder in chain.adapters:
+        load_adapter(model, folder)
+        if fuse_last or folder != chain.adapters[-1]:
+            fuse(model)
+    model.eval()
+    return model, tokenizer
+
+
+def _lora_layers(model: nn.Module):
+    from mlx_lm.tuner.lora import LoRALinear
+
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+
+
+def lora_config(model: nn.Module, rank: int, alpha: float, dropout: float, targets) -> dict:
+    """mlx-lm's adapter configuration; its scale is alpha / rank, its keys are dotted names.
+
+    Raises:
+        ModelError: a target that no layer of this model has.
+    """
+    linear = (nn.Linear, nn.QuantizedLinear)
+    names = {name for name, m in model.layers[0].named_modules() if isinstance(m, linear)}
+    keys = sorted(name for name in names if name.split(".")[-1] in targets)
+    missing = sorted(set(targets) - {name.split(".")[-1] for name in keys})
+    if missing:
+        raise ModelError(f"lora.target_modules: the model has no layer {', '.join(missing)}")
+    return {
+        "fine_tune_type": "lora",
+        "num_layers": len(model.layers),
+        "lora_parameters": {"rank": rank, "scale": alpha / rank, "dropout": dropout, "keys": keys},
+    }
+
+
+def add_lora(model: nn.Module, config: dict) -> None:
+    """Fresh LoRA layers, by mlx-lm's own configuration; they alone are trainable."""
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    model.freeze()
+    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+
+
+def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.trainable_parameters()))
+
+
+def load_adapter(model: nn.Module, folder: Path) -> None:
+    """Put the adapter of `folder` on the model.
+
+    Raises:
+        ModelError: its tensors are not, name by name and shape by shape, those the model needs.
+    """
+    config = _read_json(folder / ADAPTER_CONFIG)
+    try:
+        weights = mx.load(str(folder / ADAPTER_FILE))
+        add_lora(model, config)
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{folder}: not a usable adapter: {error}") from None
+    needed = adapter_weights(model)
+    wrong = sorted(weights.keys() ^ needed.keys())
+    wrong += [
+        name for name in weights.keys() & needed.keys() if weights[name].shape != needed[name].shape
+    ]
+    if wrong:
+        raise ModelError(
+            f"{folder}: {len(wrong)} adapter tensors do not fit this base model, first {wrong[0]}; "
+            "it was trained on another one"
+        )
+    model.load_weights(list(weights.items()), strict=False)
+
+
+def save_adapter(folder: Path, weights: dict[str, mx.array], config: dict) -> None:
+    """Write an adapter folder that mlx-lm's own tools load.
+
+    Args:
+        weights: as `adapter_weights` gives them.
+        config: `lora_config` with "model", "revision", "quantize_bits" or "parent" added.
+    """
+    save_arrays(folder / ADAPTER_FILE, weights)
+    write_json(folder / ADAPTER_CONFIG, config)
+
+
+def copy_adapters(chain: Chain, folder: Path) -> None:
+    """Copy the chain's last adapter into `folder`, what lies beneath it below, so that the folder
+    above stays whole when the originals are trained again."""
+    for source in reversed(chain.adapters):
+        config = _read_json(source / ADAPTER_CONFIG)
+        if config.get("parent"):
+            config["parent"] = "sft"
+        save_adapter(folder, mx.load(str(source / ADAPTER_FILE)), config)
+        folder = folder / "sft"
+
+
+def fused_weight(weight: mx.array, lora_a: mx.array, lora_b: mx.array, scale: float) -> mx.array:
+    """W + scale (A B)^T in float32; A is (in, rank), B (rank, out), W (out, in)."""
+    delta = lora_b.astype(mx.float32).T @ lora_a.astype(mx.float32).T
+    return weight.astype(mx.float32) + scale * delta
+
+
+def fuse(model: nn.Module) -> None:
+    """Replace every LoRA layer by a plain linear one with the adapter in its weights.
+
+    A quantised layer becomes a plain one: quantising it again would lose the adapter.
+    """
+    fused = []
+    for name, layer in _lora_layers(model):
+        linear = layer.linear
+        weight = linear.weight
+        if isinstance(linear, nn.QuantizedLinear):
+            weight = mx.dequantize(
+                weight,
+                linear.scales,
+                linear.biases,
+                linear.group_size,
+                linear.bits,
+                mode=linear.mode,
+            )
+        out_dims, in_dims = weight.shape
+        plain = nn.Linear(in_dims, out_dims, bias="bias" in linear)
+        plain.weight = fused_weight(weight, layer.lora_a, layer.lora_b, layer.scale).astype(
+            compute_dtype()
+        )
+        if "bias" in linear:
+            plain.bias = linear.bias
+        fused.append((name, plain))
+    model.update_modules(tree_unflatten(fused))
+    model.freeze()
+    mx.eval(model.parameters())
+
+
+class adapters_off:
+    """Within this context the LoRA layers are out: the same weights are the reference model."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.layers = _lora_layers(model)
+
+    def __enter__(self):
+        self.model.update_modules(tree_unflatten([(name, m.linear) for name, m in self.layers]))
+
+    def __exit__(self, *exc):
+        self.model.update_modules(tree_unflatten(self.layers))
+
+
+def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:
+    """The last layer's normed states: (B, T) → (B, T, D), without the vocabulary head."""
+    return model.model(tokens, cache=cache)
+
+
+def lm_head(model: nn.Module) -> Callable[[mx.array], mx.array]:
+    """The vocabulary head: (..., D) → (..., V)."""
+    return model.lm_head if "lm_head" in model else model.model.embed_tokens.as_linear

@@ -1,0 +1,71 @@
+"""What QMD does with the model: its system prompt, its sampling, and the lines it keeps.
+
+Read from QMD 2.8.3 (`expandQuery` in its dist/llm.js) and the node-llama-cpp 3.20.0 it runs on.
+"""
+
+import re
+from dataclasses import dataclass
+
+from prompt import TYPES
+
+# node-llama-cpp puts this system turn in front when the GGUF has the stock Qwen3 template.
+QMD_SYSTEM_PROMPT = (
+    "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible.\n"
+    "If a question does not make any sense, or is not factually coherent, explain why instead of "
+    "answering something incorrectly. If you don't know the answer to a question, don't share "
+    "false information."
+)
+
+# What String.prototype.trim strips; Python's str.strip differs at U+001C-1F, U+0085 and U+FEFF.
+JS_WHITESPACE = (
+    "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
+    "\u2028\u2029\u202f\u205f\u3000\ufeff"
+)
+TERM = re.compile("[a-z0-9]+")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """The decoding options of QMD's call.
+
+    The presence penalty is what QMD asks for, over the last `penalty_last_n` generated tokens.
+    node-llama-cpp 3.20.0 applies it only when its repeat penalty is not 1, which QMD leaves at 1:
+    with one seed the text is the same for 0, 0.5 and 50.
+    """
+
+    temperature: float = 0.7
+    top_k: int = 20
+    top_p: float = 0.8
+    presence_penalty: float = 0.5
+    penalty_last_n: int = 64
+    max_tokens: int = 600
+
+
+SAMPLING = Sampling()
+
+
+def kept_lines(query: str, text: str) -> list[tuple[str, str]]:
+    r"""The (type, text) pairs of a raw completion that QMD searches with.
+
+    A line is dropped when its type is unknown or its text holds none of the query's terms, the
+    runs of ASCII letters and digits of the lower-cased query. A query without any such term, as
+    in a non-Latin script, keeps every line. (Later, QMD also leaves out a text that equals the
+    query: it searches with that anyway.)
+
+    >>> kept_lines("auth config", "lex: auth settings\nvec: how to sign in\nNote: auth")
+    [('lex', 'auth settings')]
+    """
+    terms = TERM.findall(query.lower())
+    kept = []
+    for line in text.split("\n"):
+        kind, colon, content = line.partition(":")
+        kind, content = kind.strip(JS_WHITESPACE), content.strip(JS_WHITESPACE)
+        lower = content.lower()
+        if colon and kind in TYPES and (not terms or any(term in lower for term in terms)):
+            kept.append((kind, content))
+    return kept
+
+
+def falls_back(query: str, text: str) -> bool:
+    """Whether QMD drops every line and searches with the raw query instead."""
+    return not kept_lines(query, text)

@@ -1,0 +1,276 @@
+"""One training run on disk: its folder, metrics, checkpoints, best adapter and ways to stop."""
+
+import importlib.metadata
+import json
+import math
+import platform
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from checkpoint import Checkpoint, Checkpoints, write_json, write_text
+from cli import Interrupted, duration
+from config import Config, Training, to_yaml
+from model import adapter_weights, save_adapter
+
+METRICS, RESULT = "metrics.jsonl", "run.json"
+# Buffers kept for reuse: what is above goes back to the system, instead of all at every step.
+CACHE_LIMIT_BYTES = 2 << 30
+
+
+def schedule(training: Training, total: int):
+    """The learning rate at a 0-based optimiser step, as Hugging Face's schedulers give it.
+
+    It rises linearly from 0 over ceil(warmup_ratio * total) steps, then falls to 0 as a half cosine
+    or a line, or stays.
+    """
+    warmup = math.ceil(training.warmup_ratio * total)
+
+    def rate(step: mx.array) -> mx.array:
+        step = step.astype(mx.float32)
+        passed = mx.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        decay = {
+            "cosine": 0.5 * (1.0 + mx.cos(math.pi * passed)),
+            "linear": 1.0 - passed,
+            "constant": mx.ones_like(passed),
+        }[training.lr_scheduler]
+        return training.learning_rate * mx.where(step < warmup, step / max(warmup, 1), decay)
+
+    return rate
+
+
+class AdamW(optim.AdamW):
+    """AdamW as PyTorch's (bias correction on), with gradients clipped by their global norm.
+
+    The norm before clipping is left in state["grad_norm"]. A `max_grad_norm` of 0 clips nothing.
+    """
+
+    def __init__(self, training: Training, total: int):
+        super().__init__(
+            schedule(training, total), weight_decay=training.weight_decay, bias_correction=True
+        )
+        self.max_grad_norm = training.max_grad_norm
+        self.state["grad_norm"] = mx.array(0.0)
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+        norm = mx.sqrt(mx.stack(squares).sum())
+        if self.max_grad_norm:
+            factor = mx.minimum(1.0, self.max_grad_norm / (norm + 1e-6))
+            gradients = tree_unflatten([(k, g * factor) for k, g in tree_flatten(gradients)])
+        self.state["grad_norm"] = norm
+        return super().apply_gradients(gradients, parameters)
+
+
+class Run:
+    """The folder and the life of one training run.
+
+    `finish` leaves in the folder: the best adapter, last/ (the last one), config.yaml, metrics.jsonl
+    and run.json. Until then checkpoints/ holds what `--resume` needs.
+    """
+
+    def __init__(self, config: Config, stage: str, total: int, resume: bool, overwrite: bool):
+        self.folder = Path(config.model.output)
+        self.stage, self.total, self.training = stage, total, config.training
+        self.config_text = to_yaml(config)
+        self.checkpoints = Checkpoints(
+            self.folder / "checkpoints", config.training.save_total_limit
+        )
+        self.step = self.first_step = 0
+        self.best: dict[str, mx.array] | None = None
+        self.best_value: float | None = None
+        self.best_step = self.stale = 0
+        self.elapsed_before = 0.0
+        self.signum: int | None = None
+        self.start = self.last_save = time.monotonic()
+        self._claim(resume, overwrite)
+        mx.set_cache_limit(CACHE_LIMIT_BYTES)
+        mx.reset_peak_memory()
+
+    def _claim(self, resume: bool, overwrite: bool) -> None:
+        unfinished = self.checkpoints.steps()
+        if unfinished and not resume and not overwrite:
+            raise ValueError(
+                f"{self.folder} holds an unfinished run at step {unfinished[0]}: go on with "
+                "--resume, or start over with --overwrite"
+            )
+        if resume and not unfinished:
+            raise ValueError(f"--resume: {self.folder} holds no unfinished run")
+        if overwrite:
+            self.checkpoints.clear()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        started = self.folder / "checkpoints" / "config.yaml"
+        if resume and started.is_file() and started.read_text(encoding="utf-8") != self.config_text:
+            raise ValueError(
+                f"--resume: the configuration differs from the one {self.folder} was started with "
+                f"({started}); run with that one, or start over with --overwrite"
+            )
+        write_text(started, self.config_text)
+        if not resume:
+            (self.folder / METRICS).unlink(missing_ok=True)
+
+    # ---------------------------------------------------------------- state
+
+    def restore(self, model, optimizer: optim.Optimizer) -> dict:
+        """Put the newest whole checkpoint back, if there is one; its extra state, else {}."""
+        found: Checkpoint | None = self.checkpoints.latest(warn=self.warn)
+        if found is None:
+            return {}
+        model.load_weights(list(found.arrays["adapters"].items()), strict=False)
+        optimizer.state = tree_unflatten(list(found.arrays["optimizer"].items()))
+        mx.random.state[0] = found.arrays["random"]["state"]
+        self.step = self.first_step = found.step
+        self.best = found.arrays.get("best")
+        state = found.state
+        self.best_value, self.best_step = state["best_value"], state["best_step"]
+        self.stale, self.elapsed_before = state["stale"], state["elapsed"]
+        self._trim_metrics(found.step)
+        print(f"resuming at step {found.step} of {self.total}")
+        return state["extra"]
+
+    def _trim_metrics(self, step: int) -> None:
+        """Drop what was logged after the checkpoint: those steps are run again."""
+        path = self.folder / METRICS
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            kept = []
+            for line in lines:
+                try:
+                    if json.loads(line)["step"] <= step:
+                        kept.append(line)
+                except ValueError:
+                    continue  # the last line of a killed run may be cut
+            write_text(path, "".join(kept))
+
+    def save(self, model, optimizer: optim.Optimizer, extra: dict | None = None) -> Path:
+        arrays = {
+            "adapters": adapter_weights(model),
+            "optimizer": dict(tree_flatten(optimizer.state)),
+            "random": {"state": mx.random.state[0]},
+        }
+        if self.best is not None:
+            arrays["best"] = self.best
+        state = {
+            "best_value": self.best_value,
+            "best_step": self.best_step,
+            "stale": self.stale,
+            "elapsed": self.elapsed(),
+            "extra": extra or {},
+        }
+        path = self.checkpoints.save(self.step, state, arrays)
+        self.last_save = time.monotonic()
+        return path
+
+    def save_due(self) -> bool:
+        """Whether it is time: by minutes where set, else by steps."""
+        minutes = self.training.save_interval_minutes
+        if minutes is not None:
+            return time.monotonic() - self.last_save >= minutes * 60
+        return self.step % self.training.save_steps == 0
+
+    def consider(self, value: float, model, higher_is_better: bool) -> bool:
+        """Keep the adapter if `value` is the best so far."""
+        previous = self.best_value
+        better = previous is None or (value > previous if higher_is_better else value < previous)
+        if better:
+            self.best = {k: mx.array(v) for k, v in adapter_weights(model).items()}
+            self.best_value, self.best_step, self.stale = value, self.step, 0
+        else:
+            self.stale += 1
+        return better
+
+    def out_of_patience(self) -> bool:
+        return self.training.patience is not None and self.stale >= self.training.patience
+
+    # ---------------------------------------------------------------- telling
+
+    def elapsed(self) -> float:
+        return self.elapsed_before + time.monotonic() - self.start
+
+    def left(self) -> str:
+        done = self.step - self.first_step
+        rate = (time.monotonic() - self.start) / done if done else 0.0
+        return duration(rate * (self.total - self.step))
+
+    def log(self, record: dict) -> None:
+        """One JSON object a line; numbers that are not finite become null."""
+        clean = {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in record.items()
+        }
+        with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps({"step": self.step, **clean}) + "\n")
+
+    def say(self, text: str) -> None:
+        print(f"step {self.step}/{self.total}  {text}", flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    # ---------------------------------------------------------------- ends
+
+    def __enter__(self):
+        def remember(signum, frame):
+            self.signum = signum
+            signal.signal(signum, self.handlers[signum])  # a second one acts at once
+            print("\nstopping after this step", file=sys.stderr, flush=True)
+
+        self.handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        if platform.system() == "Darwin":
+            print("keep the Mac awake meanwhile, in another terminal: caffeinate -is")
+        return self
+
+    def __exit__(self, *exc):
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+
+    def interrupted(self, saved: Path) -> Interrupted:
+        return Interrupted(
+            self.signum,
+            f"stopped at step {self.step} of {self.total}, saved in {saved}; "
+            f"go on with: python train.py {self.stage} --resume (and the same options)",
+        )
+
+    def not_finite(self, what: str, rows: list[str]) -> ValueError:
+        steps = self.checkpoints.steps()
+        back = f"the last good checkpoint is step {steps[0]}" if steps else "nothing was saved yet"
+        return ValueError(
+            f"{what} is not finite at step {self.step} (rows {', '.join(rows)}); {back}; "
+            "lower training.learning_rate or look at these rows"
+        )
+
+    def finish(self, model, adapter_config: dict, result: dict) -> None:
+        """Write the best adapter as the run's result and drop the checkpoints.
+
+        Args:
+            adapter_config: for mlx-lm, with the base model or the adapter beneath in it.
+            result: what run.json should say besides.
+        """
+        last, beside = adapter_weights(model), dict(adapter_config)
+        if "parent" in beside:
+            beside["parent"] = f"../{beside['parent']}"
+        save_adapter(self.folder / "last", last, beside)
+        save_adapter(self.folder, self.best or last, adapter_config)
+        write_text(self.folder / "config.yaml", self.config_text)
+        versions = {n: importlib.metadata.version(n) for n in ("mlx", "mlx-lm", "numpy")}
+        write_json(
+            self.folder / RESULT,
+            {
+                "stage": self.stage,
+                "steps": self.step,
+                "best_step": self.best_step,
+                "best_value": self.best_value,
+                "seconds": round(self.elapsed(), 1),
+                "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
+                "device": str(mx.default_device()),
+                "versions": {"python": platform.python_version(), **versions},
+                **result,
+            },
+        )
+        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)

@@ -1,0 +1,137 @@
+"""Supervised fine-tuning: the loss, batches and callback that mlx-lm's LoRA trainer is given.
+
+mlx_lm.tuner.trainer.train runs the loop. Ours are: a loss over completion tokens only (the end token
+included, no padding), weighted by tokens over the whole accumulated batch; batches that hold every
+row once an epoch; and a callback that validates, logs, saves and stops.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from grpo import LOGIT_BUDGET, token_logps
+from model import hidden_states, lm_head
+
+# Shapes are rounded up to these, so that a compiled step is traced only a few times.
+LENGTH_STEP, TOKEN_STEP = 16, 64
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenised example; the loss is on ids[start:]."""
+
+    ids: list[int]
+    start: int
+    source: str
+
+
+def collate(rows: Sequence[Row], normalizer: float | None = None) -> tuple[mx.array, ...]:
+    """Arrays for `completion_loss`.
+
+    Returns:
+        inputs (B, T) right-padded, where (N,) flat positions whose next token is learnt,
+        targets (N,), weights (N,) 1 or 0 (filler), normalizer ().
+    """
+    longest = max(len(row.ids) for row in rows) - 1
+    width = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    inputs = np.zeros((len(rows), width), np.int32)
+    where, targets = [], []
+    for i, row in enumerate(rows):
+        inputs[i, : len(row.ids) - 1] = row.ids[:-1]
+        where += range(i * width + row.start - 1, i * width + len(row.ids) - 1)
+        targets += row.ids[row.start :]
+    filler = -len(targets) % TOKEN_STEP
+    weights = [1.0] * len(targets) + [0.0] * filler
+    normalizer = len(targets) if normalizer is None else normalizer
+    return (
+        mx.array(inputs),
+        mx.array(where + [0] * filler),
+        mx.array(targets + [0] * filler),
+        mx.array(weights),
+        mx.array(float(normalizer)),
+    )
+
+
+def completion_loss(model, inputs, where, targets, weights, normalizer):
+    """(sum of the negative log-likelihoods / normalizer, number of completion tokens)."""
+    states = hidden_states(model, inputs)  # (B, T, D)
+    chosen = states.reshape(-1, states.shape[-1])[where]  # (N, D)
+    logps, _ = token_logps(chosen, targets, lm_head(model))
+    return -(logps * weights).sum() / normalizer, weights.sum()
+
+
+def validate(model, rows: Sequence[Row], batch_size: int) -> tuple[float, float]:
+    """Mean loss a token and share of tokens that are the model's first choice, over all rows."""
+    head, loss, right, tokens = lm_head(model), 0.0, 0.0, 0
+    model.eval()
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    for first in range(0, len(ordered), batch_size):
+        inputs, where, targets, weights, _ = collate(ordered[first : first + batch_size])
+        states = hidden_states(model, inputs)
+        chosen = states.reshape(-1, states.shape[-1])[where]
+        chunk = max(1, LOGIT_BUDGET // head(chosen[:1]).shape[-1])
+        for start in range(0, chosen.shape[0], chunk):
+            part = slice(start, start + chunk)
+            logits = head(chosen[part]).astype(mx.float32)
+            picked = mx.take_along_axis(logits, targets[part, None], axis=-1)[:, 0]
+            nll = (mx.logsumexp(logits, axis=-1) - picked) * weights[part]
+            hits = (mx.argmax(logits, axis=-1) == targets[part]) * weights[part]
+            sums = mx.stack([nll.sum(), hits.sum()]).tolist()
+            loss, right = loss + sums[0], right + sums[1]
+        tokens += int(weights.sum().item())
+    model.train()
+    return loss / tokens, right / tokens
+
+
+class Batches:
+    """Every row once an epoch, in an order that depends on the seed and the epoch alone.
+
+    Rows of like length share an optimiser step's neighbourhood, and a micro-batch within the step.
+    The last step of an epoch takes what is left.
+    """
+
+    def __init__(self, rows: Sequence[Row], batch_size: int, accumulation: int, seed: int):
+        self.rows, self.accumulation, self.seed = rows, accumulation, seed
+        self.effective = batch_size * accumulation
+        self.steps_per_epoch = -(-len(rows) // self.effective)
+        self.current: list[Row] = []
+
+    def step_rows(self, epoch: int) -> list[list[Row]]:
+        """The rows of each optimiser step of one epoch."""
+        rng = random.Random(f"{self.seed}:{epoch}")
+        order = list(self.rows)
+        rng.shuffle(order)
+        window = max(self.effective, 64 // self.effective * self.effective)
+        steps = []
+        for first in range(0, len(order), window):
+            near = sorted(order[first : first + window], key=lambda row: len(row.ids))
+            steps += [near[i : i + self.effective] for i in range(0, len(near), self.effective)]
+        rng.shuffle(steps)
+        return steps
+
+    def micro_batches(self, rows: list[Row]) -> Iterator[tuple[mx.array, ...]]:
+        """One optimiser step as `accumulation` batches, whose losses sum to the mean a token.
+
+        The trainer divides the summed gradients by `accumulation`: the normalizer makes up for it.
+        With fewer rows than that, a batch of zero weight fills in.
+        """
+        normalizer = sum(len(row.ids) - row.start for row in rows) / self.accumulation
+        ordered = sorted(rows, key=lambda row: len(row.ids))
+        for part in np.array_split(np.arange(len(ordered)), self.accumulation):
+            if len(part):
+                yield collate([ordered[i] for i in part], normalizer)
+            else:
+                inputs, where, targets, weights, total = collate(ordered[:1], normalizer)
+                yield inputs, where, targets, mx.zeros_like(weights), total
+
+    def __call__(self, first_step: int) -> Iterator[tuple[mx.array, ...]]:
+        """Micro-batches from an optimiser step on, epoch after epoch."""
+        epoch, skip = divmod(first_step, self.steps_per_epoch)
+        while True:
+            for rows in self.step_rows(epoch)[skip:]:
+                self.current = rows
+                yield from self.micro_batches(rows)
+            epoch, skip = epoch + 1, 0

@@ -1,0 +1,410 @@
+"""Formulas against hand-worked numbers, gradients against finite differences, a policy that learns."""
+
+import math
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+import grpo
+import model as models
+from decode import TemperatureSampler, generate
+
+
+def values(array) -> list:
+    return np.array(array).round(5).tolist()
+
+
+# ---------------------------------------------------------------- advantages
+
+
+def test_group_advantages_by_hand():
+    # Means 2 and 5; sample deviations sqrt(2) and 0.
+    advantages = grpo.group_advantages([[1.0, 3.0], [5.0, 5.0]])
+    expected = 1 / (math.sqrt(2) + 1e-4)
+    np.testing.assert_allclose(np.array(advantages), [[-expected, expected], [0.0, 0.0]], atol=1e-5)
+
+
+def test_scale_none_only_centres():
+    assert values(grpo.group_advantages([[1.0, 3.0], [4.0, 8.0]], scale="none")) == [
+        [-1.0, 1.0],
+        [-2.0, 2.0],
+    ]
+
+
+def test_scale_batch_divides_by_the_deviation_of_all():
+    # All four: mean 4, squares 9 + 1 + 0 + 16 = 26, deviation sqrt(26 / 3).
+    got = grpo.group_advantages([[1.0, 3.0], [4.0, 8.0]], scale="batch")
+    deviation = math.sqrt(26 / 3) + 1e-4
+    expected = [[-1 / deviation, 1 / deviation], [-2 / deviation, 2 / deviation]]
+    np.testing.assert_allclose(np.array(got), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_one_completion_has_no_advantage(scale):
+    assert values(grpo.group_advantages([[0.3], [0.9]], scale)) == [[0.0], [0.0]]
+
+
+def test_equal_rewards_have_no_advantage():
+    assert values(grpo.group_advantages([[0.7] * 4])) == [[0.0] * 4]
+
+
+def test_unknown_scale():
+    with pytest.raises(ValueError, match="scale 'std'"):
+        grpo.group_advantages([[1.0, 2.0]], "std")
+
+
+# ---------------------------------------------------------------- loss
+
+LOGPS = np.array([[-1.0, -2.0, -3.0], [-0.5, -1.5, -9.0]], np.float32)
+MASK = np.array([[1, 1, 1], [1, 1, 0]], np.float32)
+OLD = np.array([[-1.2, -2.0, -2.5], [-0.5, -1.1, 7.0]], np.float32)
+REF = np.array([[-1.1, -1.8, -3.0], [-0.9, -1.5, 3.0]], np.float32)
+ADVANTAGES = np.array([1.0, -2.0], np.float32)
+
+
+def token_terms(beta: float, level: str) -> np.ndarray:
+    """The loss of each token in plain loops."""
+    terms = np.zeros_like(LOGPS)
+    for i in range(2):
+        active = [t for t in range(3) if MASK[i, t]]
+        mean = sum(LOGPS[i, t] - OLD[i, t] for t in active) / len(active)
+        for t in active:
+            ratio = math.exp(mean if level == "sequence" else LOGPS[i, t] - OLD[i, t])
+            clipped = min(max(ratio, 0.8), 1.2)
+            gap = REF[i, t] - LOGPS[i, t]
+            terms[i, t] = -min(ratio * ADVANTAGES[i], clipped * ADVANTAGES[i])
+            terms[i, t] += beta * (math.exp(gap) - gap - 1)
+    return terms
+
+
+def averaged(terms: np.ndarray, loss_type: str) -> float:
+    if loss_type == "grpo":
+        return (terms[0].sum() / 3 + terms[1].sum() / 2) / 2
+    return terms.sum() / {"bnpo": 5, "dr_grpo": 2 * 10, "dapo": 8}[loss_type]
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_loss_equals_the_formula(loss_type, level, beta):
+    loss, stats = grpo.grpo_loss(
+        mx.array(LOGPS),
+        mx.array(MASK),
+        mx.array(ADVANTAGES),
+        old_logps=mx.array(OLD),
+        ref_logps=mx.array(REF),
+        beta=beta,
+        loss_type=loss_type,
+        level=level,
+        normalizer=8,
+        max_completion_length=10,
+    )
+    assert loss.item() == pytest.approx(averaged(token_terms(beta, level), loss_type), abs=1e-5)
+    assert stats["tokens"].item() == 5
+
+
+def test_loss_by_hand_when_used_once():
+    # The ratio is 1: token losses are -A. Sums: -1 × 3 and 2 × 2.
+    loss, stats = grpo.grpo_loss(
+        mx.array(LOGPS), mx.array(MASK), mx.array(ADVANTAGES), loss_type="bnpo"
+    )
+    assert loss.item() == pytest.approx((-3 + 4) / 5)
+    assert stats["clip_low"].item() == stats["clip_high"].item() == 0
+
+
+def test_clip_counts():
+    # Ratios e^0.5 and e^-0.5; the first is too high for A > 0, the second too low for A < 0.
+    old = mx.array([[-1.5], [-0.5]])
+    _, stats = grpo.grpo_loss(
+        mx.array([[-1.0], [-1.0]]), mx.ones((2, 1)), mx.array([1.0, -1.0]), old_logps=old
+    )
+    assert (stats["clip_high"].item(), stats["clip_low"].item()) == (1, 1)
+
+
+def test_defaults_without_a_normalizer_or_length():
+    loss = {
+        kind: grpo.grpo_loss(mx.array(LOGPS), mx.array(MASK), mx.array(ADVANTAGES), loss_type=kind)[
+            0
+        ].item()
+        for kind in ("bnpo", "dapo", "dr_grpo")
+    }
+    assert loss["dapo"] == loss["bnpo"]  # this batch's active tokens
+    assert loss["dr_grpo"] == pytest.approx(1 / 6)  # B × T
+
+
+def test_gradient_by_finite_differences():
+    def loss(logps):
+        return grpo.grpo_loss(
+            logps,
+            mx.array(MASK),
+            mx.array(ADVANTAGES),
+            old_logps=mx.array(OLD),
+            ref_logps=mx.array(REF),
+            beta=0.2,
+            loss_type="grpo",
+        )[0]
+
+    gradient = np.array(mx.grad(loss)(mx.array(LOGPS)))
+    for i in range(2):
+        for t in range(3):
+            step = np.zeros_like(LOGPS)
+            step[i, t] = 1e-2
+            above, below = loss(mx.array(LOGPS + step)), loss(mx.array(LOGPS - step))
+            slope = (above.item() - below.item()) / 2e-2
+            assert gradient[i, t] == pytest.approx(slope, abs=2e-3)
+
+
+@pytest.mark.parametrize("garbage", [50.0, 1e30, math.inf, -math.inf, math.nan])
+def test_padding_never_reaches_loss_or_gradient(garbage):
+    def loss(logps, fill):
+        spoilt = [mx.where(mx.array(MASK) > 0, mx.array(a), fill) for a in (OLD, REF)]
+        return grpo.grpo_loss(
+            mx.where(mx.array(MASK) > 0, logps, fill),
+            mx.array(MASK),
+            mx.array(ADVANTAGES),
+            old_logps=spoilt[0],
+            ref_logps=spoilt[1],
+            beta=0.1,
+        )[0]
+
+    both = mx.value_and_grad(loss)
+    clean, spoilt = both(mx.array(LOGPS), 0.0), both(mx.array(LOGPS), garbage)
+    assert clean[0].item() == spoilt[0].item()
+    assert values(clean[1]) == values(spoilt[1])
+
+
+def test_nothing_active_is_a_zero_loss():
+    for kind in ("grpo", "bnpo", "dapo", "dr_grpo"):
+        loss, _ = grpo.grpo_loss(
+            mx.array(LOGPS), mx.zeros((2, 3)), mx.array(ADVANTAGES), loss_type=kind
+        )
+        assert loss.item() == 0
+
+
+def test_wrong_arguments_are_named():
+    arrays = mx.array(LOGPS), mx.array(MASK), mx.array(ADVANTAGES)
+    with pytest.raises(ValueError, match="loss_type 'ppo'"):
+        grpo.grpo_loss(*arrays, loss_type="ppo")
+    with pytest.raises(ValueError, match="level 'word'"):
+        grpo.grpo_loss(*arrays, level="word")
+    with pytest.raises(ValueError, match="ref_logps"):
+        grpo.grpo_loss(*arrays, beta=0.1)
+
+
+# ---------------------------------------------------------------- log-probabilities
+
+
+@pytest.fixture
+def head_and_states():
+    mx.random.seed(3)
+    weight, hidden = mx.random.normal((50, 8)), 2 * mx.random.normal((23, 8))
+    return (lambda h: h @ weight.T), hidden, mx.random.randint(0, 50, (23,))
+
+
+def plain_logps(hidden, targets, head, temperature):
+    logits = head(hidden) / temperature
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return mx.take_along_axis(logps, targets[:, None], axis=-1)[:, 0]
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("budget", [1, 50 * 10, 1 << 25])
+def test_token_logps_and_their_gradient(head_and_states, temperature, budget, monkeypatch):
+    monkeypatch.setattr(grpo, "LOGIT_BUDGET", budget)
+    head, hidden, targets = head_and_states
+    cotangent = mx.random.normal((23,))
+
+    def ours(h):
+        return (grpo.token_logps(h, targets, head, temperature)[0] * cotangent).sum()
+
+    def plain(h):
+        return (plain_logps(h, targets, head, temperature) * cotangent).sum()
+
+    (value, gradient), (expected, slope) = (
+        mx.value_and_grad(ours)(hidden),
+        mx.value_and_grad(plain)(hidden),
+    )
+    assert value.item() == pytest.approx(expected.item(), rel=1e-5)
+    np.testing.assert_allclose(np.array(gradient), np.array(slope), atol=1e-5)
+    bare = grpo.token_logps(hidden, targets, head, temperature, with_gradient=False)[0]
+    np.testing.assert_allclose(
+        np.array(bare), np.array(plain_logps(hidden, targets, head, temperature)), atol=1e-5
+    )
+
+
+def test_token_entropy(head_and_states):
+    head, hidden, targets = head_and_states
+    _, entropy = grpo.token_logps(hidden, targets, head, 1.0, with_entropy=True)
+    logps = head(hidden) - mx.logsumexp(head(hidden), axis=-1, keepdims=True)
+    np.testing.assert_allclose(
+        np.array(entropy), -np.array((mx.exp(logps) * logps).sum(axis=-1)), atol=1e-5
+    )
+
+
+def test_token_logps_of_an_improbable_token_stay_finite():
+    logits = mx.array([[0.0, 200.0]])
+    logp, _ = grpo.token_logps(logits, mx.array([0]), lambda h: h)
+    assert logp.item() == pytest.approx(-200.0)
+
+
+# ---------------------------------------------------------------- completions of a model
+
+
+@pytest.fixture(scope="module")
+def lora_model(tiny_qwen3):
+    model, tokenizer = models.load_chain(models.read_chain(str(tiny_qwen3)))
+    mx.random.seed(5)
+    models.add_lora(
+        model, models.lora_config(model, 4, 8.0, 0.0, ["q_proj", "v_proj", "down_proj"])
+    )
+    for name, weight in models.adapter_weights(model).items():
+        if name.endswith("lora_b"):  # zero at first: then no gradient reaches lora_a
+            model.load_weights([(name, 0.05 * mx.random.normal(weight.shape))], strict=False)
+    model.eval()
+    return model, tokenizer
+
+
+def some_rollouts() -> list[grpo.Rollout]:
+    rng = np.random.default_rng(1)
+    rollouts = []
+    for prompt in ([5, 6, 7, 8, 9], [10, 11]):
+        for length in (1, 4, 7):
+            tokens = rng.integers(3, 200, length).tolist()
+            rollouts.append(grpo.Rollout("q", prompt, tokens, True, ""))
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = (-1.0) ** i * (1 + i / 3)
+    return rollouts
+
+
+def one_by_one(model, rollout, temperature) -> np.ndarray:
+    """The log-probabilities from one unpadded forward pass over prompt and completion."""
+    ids = mx.array([rollout.prompt + rollout.tokens])
+    logits = model(ids)[0, len(rollout.prompt) - 1 : -1].astype(mx.float32) / temperature
+    logps = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    return np.array(mx.take_along_axis(logps, mx.array(rollout.tokens)[:, None], axis=-1)[:, 0])
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.8])
+def test_batched_logps_equal_one_forward_a_row(lora_model, temperature):
+    model, _ = lora_model
+    rollouts = some_rollouts()
+    logps, mask, entropy = grpo.completion_logps(model, rollouts, temperature, with_entropy=True)
+    for i, rollout in enumerate(rollouts):
+        length = len(rollout.tokens)
+        np.testing.assert_allclose(
+            np.array(logps[i, :length]), one_by_one(model, rollout, temperature), atol=2e-5
+        )
+        assert mask[i].sum().item() == length
+        assert (
+            values(logps[i, length:])
+            == values(entropy[i, length:])
+            == [0.0] * (mask.shape[1] - length)
+        )
+
+
+def test_log_probabilities_depend_on_the_prompt(lora_model):
+    model, _ = lora_model
+    first = grpo.Rollout("q", [5, 6, 7], [20, 21], True, "")
+    second = grpo.Rollout("q", [9, 9, 9], [20, 21], True, "")
+    logps, _, _ = grpo.completion_logps(model, [first, second], 1.0)
+    assert abs(logps[0, 0].item() - logps[1, 0].item()) > 1e-3
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
+def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type):
+    model, _ = lora_model
+    rollouts = some_rollouts()
+    active = sum(len(r.tokens) for r in rollouts)
+
+    def loss_of(batch):
+        logps, mask, _ = grpo.completion_logps(model, batch, 1.0)
+        loss, _ = grpo.grpo_loss(
+            logps,
+            mask,
+            mx.array([r.advantage for r in batch]),
+            loss_type=loss_type,
+            normalizer=active,
+            max_completion_length=30,
+        )
+        return loss * grpo.batch_share(batch, rollouts, loss_type)
+
+    both = nn.value_and_grad(model, loss_of)
+    full_loss, full = both(rollouts)
+    parts = [both(batch) for batch in grpo.micro_batches(rollouts, 2)]
+    assert len(parts) == 3
+    assert sum(p[0].item() for p in parts) == pytest.approx(full_loss.item(), abs=1e-5)
+    whole = dict(tree_flatten(full))
+    assert max(abs(np.array(g)).max() for g in whole.values()) > 1e-3
+    for name, gradient in whole.items():
+        summed = sum(np.array(dict(tree_flatten(p[1]))[name]) for p in parts)
+        np.testing.assert_allclose(summed, np.array(gradient), atol=2e-5)
+
+
+def test_reference_is_the_model_with_the_adapter_out(lora_model):
+    model, _ = lora_model
+    rollouts = some_rollouts()
+    with_adapter, _, _ = grpo.completion_logps(model, rollouts, 1.0)
+    with models.adapters_off(model):
+        grpo.remember_logps(model, grpo.micro_batches(rollouts, 4), 1.0, "ref_logps")
+        expected = one_by_one(model, rollouts[2], 1.0)
+    np.testing.assert_allclose(np.array(rollouts[2].ref_logps), expected, atol=2e-5)
+    again, _, _ = grpo.completion_logps(model, rollouts, 1.0)
+    assert values(again) == values(with_adapter)
+    stacked = grpo.stack([r.ref_logps for r in rollouts], with_adapter.shape[1])
+    assert abs(np.array(stacked - with_adapter)).max() > 1e-3
+
+
+def test_rollouts_keep_the_sampled_ids_and_the_end_token(lora_model):
+    model, tokenizer = lora_model
+    end = models.end_token(tokenizer)
+    mx.random.seed(1)
+    rollouts = grpo.roll_out(
+        model,
+        tokenizer,
+        ["a", "b"],
+        [[5, 6], [7, 8, 9]],
+        num_generations=16,
+        max_tokens=60,
+        temperature=3.0,
+        end=end,
+        batch_size=8,
+    )
+    assert [r.query for r in rollouts] == ["a"] * 16 + ["b"] * 16
+    for rollout in rollouts:
+        assert rollout.finished == (rollout.tokens[-1] == end)
+        assert end not in rollout.tokens[:-1]
+        assert rollout.finished or len(rollout.tokens) == 60
+
+
+def test_a_bandit_learns(lora_model):
+    """Reward for a first token under 100 (of 795): their share rises from chance to near 1."""
+    model, tokenizer = lora_model
+    end, prompt = models.end_token(tokenizer), [5, 6, 7]
+    optimizer = optim.Adam(learning_rate=3e-2, bias_correction=True)
+    mx.random.seed(2)
+
+    def loss_of(rollouts):
+        logps, mask, _ = grpo.completion_logps(model, rollouts, 1.0)
+        return grpo.grpo_loss(logps, mask, mx.array([r.advantage for r in rollouts]))[0]
+
+    both = nn.value_and_grad(model, loss_of)
+    share = []
+    for _ in range(100):
+        completions = generate(
+            model, [prompt], samples=32, max_tokens=1, end=end, sampler=TemperatureSampler(1.0)
+        )
+        rollouts = [grpo.Rollout("q", prompt, c.tokens, True, "") for c in completions]
+        rewards = [float(r.tokens[0] < 100) for r in rollouts]
+        share.append(sum(rewards) / 32)
+        advantages = grpo.group_advantages([rewards])[0].tolist()
+        for rollout, advantage in zip(rollouts, advantages, strict=True):
+            rollout.advantage = advantage
+        _, gradient = both(rollouts)
+        optimizer.update(model, gradient)
+        mx.eval(model.trainable_parameters(), optimizer.state)
+    assert share[0] < 0.4
+    assert sum(share[-5:]) / 5 > 0.9

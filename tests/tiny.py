@@ -1,0 +1,371 @@
+"""Tiny random models in the Hugging Face layout, each with a real byte-level BPE tokenizer.
+
+They load with mlx-lm like the models they stand for, and keep what makes those awkward: a
+vocabulary padded beyond the tokenizer, a chat template that adds an empty think block (Qwen3) or
+a system turn (SmolLM2), and a list of end tokens in generation_config.json.
+
+The same arguments give the same bytes in every run.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from tokenizers.models import BPE
+
+# Qwen2's and Qwen3's split, as tokenizer.json writes it.
+QWEN_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+QWEN_BASE_VOCAB = 151_643  # 256 bytes and 151,387 merges
+QWEN_VOCAB_PAD = 267  # rows of the embedding that no token has: 151,936 - 151,669
+
+# fmt: off
+# Qwen3's added tokens in the order of their ids, 151,643 to 151,668.
+QWEN_SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>",
+]
+QWEN_MARKERS = [
+    "<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>",
+    "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
+    "<think>", "</think>",
+]
+# SmolLM2's, ids 0 to 16.
+LLAMA_SPECIAL = [
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>",
+    "<filename>", "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>",
+    "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>",
+    "<empty_output>",
+]
+# fmt: on
+
+QWEN_TEMPLATE = """\
+{%- if tools %}
+    {{- '<|im_start|>system\\n# Tools\\n<tools>' }}
+    {%- for tool in tools %}{{- '\\n' + (tool | tojson) }}{%- endfor %}
+    {{- '\\n</tools>\\nAnswer with <tool_call></tool_call>.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' and loop.last %}
+        {{- '<think>\\n' + (message.reasoning_content or '') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+    {%- if enable_thinking is defined and not enable_thinking %}
+        {{- '<think>\\n\\n</think>\\n\\n' }}
+    {%- endif %}
+{%- endif %}
+"""
+
+LLAMA_TEMPLATE = """\
+{%- if messages[0].role != 'system' %}
+    {{- '<|im_start|>system\\nYou are a helpful AI assistant.<|im_end|>\\n' }}
+{%- endif %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+# What the merges are learned from.
+CORPUS = """\
+/no_think Expand this search query: configure nginx reverse proxy
+hyde: To configure nginx as a reverse proxy, add a location block with proxy_pass and reload it.
+lex: nginx reverse proxy config
+lex: nginx proxy_pass location block
+vec: how to configure nginx as a reverse proxy for an application server
+/no_think Expand this search query: sourdough starter not rising
+hyde: A sourdough starter that is not rising is often too cold. Keep it near 25 degrees, feed daily.
+lex: sourdough starter inactive
+lex: sourdough starter feeding temperature
+vec: why does a sourdough starter stop rising and how to bring it back
+/no_think Expand this search query: flights to Lisbon in May
+hyde: Flights to Lisbon in May are cheapest on a Tuesday when they are booked two months before.
+lex: Lisbon flights May price
+vec: when to book cheap flights to Lisbon for travel in May
+vec: which airlines fly to Lisbon in the spring
+system user assistant search query search query the the the and and for of in on to is are
+"""
+
+
+def make_qwen3(
+    folder: Path,
+    *,
+    tied: bool = True,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    ffn: int = 128,
+    seed: int = 0,
+    vocab_pad: int = QWEN_VOCAB_PAD,
+    full_vocab: bool = False,
+) -> Path:
+    """Write a random float32 Qwen3 into `folder` and return it.
+
+    The embedding has `vocab_pad` rows more than the tokenizer has tokens. `full_vocab` gives the
+    real 151,936 rows with made-up tokens; use it with `hidden=32` to stay at 20 MB.
+    """
+    tokenizer = qwen_tokenizer(full_vocab)
+    end_of_text, im_end = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
+    config = {
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": end_of_text,
+        "eos_token_id": im_end,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": ffn,
+        "max_position_embeddings": 40960,
+        "model_type": "qwen3",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": tokenizer.get_vocab_size() + vocab_pad,
+    }
+    tokenizer_config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "additional_special_tokens": QWEN_SPECIAL[1:],
+        "bos_token": None,
+        "chat_template": QWEN_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "errors": "replace",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "split_special_tokens": False,
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    generation_config = {
+        "bos_token_id": end_of_text,
+        "do_sample": True,
+        "eos_token_id": [im_end, end_of_text],
+        "pad_token_id": end_of_text,
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+    }
+    weights = _weights(config, head_norms=True, seed=seed)
+    return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
+
+
+def make_llama(
+    folder: Path,
+    *,
+    tied: bool = True,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn: int = 128,
+    seed: int = 0,
+) -> Path:
+    """Write a random float32 llama in SmolLM2's layout into `folder` and return it."""
+    tokenizer = llama_tokenizer()
+    im_start, im_end = (tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": im_start,
+        "eos_token_id": im_end,
+        "head_dim": hidden // heads,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": ffn,
+        "max_position_embeddings": 8192,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": im_end,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 100000,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+    tokenizer_config = {
+        "add_prefix_space": False,
+        "bos_token": "<|im_start|>",
+        "chat_template": LLAMA_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 8192,
+        "pad_token": "<|im_end|>",
+        # GPT2Tokenizer would rebuild the tokenizer without the digit split.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": "<|endoftext|>",
+    }
+    generation_config = {"bos_token_id": im_start, "eos_token_id": im_end, "pad_token_id": im_end}
+    weights = _weights(config, head_norms=False, seed=seed)
+    return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
+
+
+def qwen_tokenizer(full_vocab: bool = False) -> Tokenizer:
+    """A tokenizer in Qwen3's layout: bytes, merges, then the added tokens in their real order.
+
+    With `full_vocab`, made-up merges follow the learned ones until the ids are the real ones
+    (151,643 `<|endoftext|>`, 151,645 `<|im_end|>`, 151,669 tokens in all).
+    """
+    tokenizer = Tokenizer(BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    _train(tokenizer, special=[])
+    if full_vocab:
+        tokenizer.model = _grow(json.loads(tokenizer.to_str())["model"], QWEN_BASE_VOCAB)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in QWEN_SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in QWEN_MARKERS])
+    return tokenizer
+
+
+def llama_tokenizer() -> Tokenizer:
+    """A tokenizer in SmolLM2's layout: special tokens first, every digit split off, no NFC."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    _train(tokenizer, special=LLAMA_SPECIAL)
+    return tokenizer
+
+
+def _train(tokenizer: Tokenizer, special: list[str]) -> None:
+    trainer = trainers.BpeTrainer(
+        vocab_size=512,
+        special_tokens=special,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(CORPUS.splitlines(keepends=True), trainer)
+
+
+def _grow(model: dict, size: int) -> BPE:
+    """Append merges of a token and a byte, the oldest token first, until there are `size`."""
+    vocab = model["vocab"]  # token -> id
+    merges = [tuple(pair) for pair in model["merges"]]
+    tokens = sorted(vocab, key=vocab.get)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    for first in tokens:  # grows while it is read: a new token is a first half later on
+        for second in letters:
+            if len(vocab) == size:
+                return BPE(vocab, merges)
+            if (token := first + second) not in vocab:
+                vocab[token] = len(vocab)
+                tokens.append(token)
+                merges.append((first, second))
+
+
+def _weights(config: dict, *, head_norms: bool, seed: int) -> dict[str, np.ndarray]:
+    """Random float32 weights, large enough that greedy decoding does not repeat the last token.
+
+    Norms differ from 1, so that a swapped pair shows.
+    """
+    rng = np.random.default_rng(seed)
+    hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
+    head_dim = config["head_dim"]
+    q_rows = config["num_attention_heads"] * head_dim
+    kv_rows = config["num_key_value_heads"] * head_dim
+
+    def matrix(rows: int, columns: int, gain: float = 2.0) -> np.ndarray:
+        return rng.normal(0, gain * columns**-0.5, (rows, columns)).astype(np.float32)
+
+    def norm(size: int) -> np.ndarray:
+        return rng.normal(1, 0.1, size).astype(np.float32)
+
+    weights = {"model.embed_tokens": matrix(vocab, hidden, gain=1), "model.norm": norm(hidden)}
+    if not config["tie_word_embeddings"]:
+        weights["lm_head"] = matrix(vocab, hidden, gain=1)
+    for index in range(config["num_hidden_layers"]):
+        layer = {
+            "input_layernorm": norm(hidden),
+            "self_attn.q_proj": matrix(q_rows, hidden),
+            "self_attn.k_proj": matrix(kv_rows, hidden),
+            "self_attn.v_proj": matrix(kv_rows, hidden),
+            "self_attn.o_proj": matrix(hidden, q_rows),
+            "post_attention_layernorm": norm(hidden),
+            "mlp.gate_proj": matrix(ffn, hidden),
+            "mlp.up_proj": matrix(ffn, hidden),
+            "mlp.down_proj": matrix(hidden, ffn),
+        }
+        if head_norms:
+            layer |= {"self_attn.q_norm": norm(head_dim), "self_attn.k_norm": norm(head_dim)}
+        weights |= {f"model.layers.{index}.{name}": value for name, value in layer.items()}
+    return {f"{name}.weight": value for name, value in weights.items()}
+
+
+def _write(
+    folder: Path,
+    weights: dict[str, np.ndarray],
+    tokenizer: Tokenizer,
+    config: dict,
+    tokenizer_config: dict,
+    generation_config: dict,
+) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    tokenizer.save(str(folder / "tokenizer.json"))
+    added = {
+        str(index): {
+            "content": token.content,
+            "lstrip": False,
+            "normalized": False,
+            "rstrip": False,
+            "single_word": False,
+            "special": token.special,
+        }
+        for index, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    }
+    for name, value in (
+        ("config.json", config),
+        ("tokenizer_config.json", {"added_tokens_decoder": added, **tokenizer_config}),
+        ("generation_config.json", generation_config),
+    ):
+        text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+    return folder
