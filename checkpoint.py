@@ -84,8 +84,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
-        found = self.folder.glob("step-*") if self.folder.is_dir() else ()
-        return sorted((int(path.name.removeprefix("step-")) for path in found), reverse=True)
+        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
+        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -93,13 +93,16 @@ class Checkpoints:
     def save(self, step: int, state: dict, arrays: dict[str, dict]) -> Path:
         """Write one checkpoint, then drop the oldest beyond `keep`.
 
+        Later steps, left by a run that fell back from a damaged checkpoint, are dropped as well.
+
         Args:
             state: what JSON can hold.
             arrays: file stem → named MLX arrays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".*"):
-            shutil.rmtree(stale)
+            if stale.is_dir():  # and not a file such as Finder's .DS_Store
+                shutil.rmtree(stale)
         target, temporary = self._path(step), self.folder / f".{os.getpid()}-{step}"
         try:
             temporary.mkdir()
@@ -113,8 +116,9 @@ class Checkpoints:
             _fsync(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        for old in self.steps()[self.keep :]:
-            shutil.rmtree(self._path(old))
+        kept = [at for at in self.steps() if at <= step][: self.keep]
+        for at in set(self.steps()) - set(kept):
+            shutil.rmtree(self._path(at))
         return target
 
     def _read(self, step: int) -> Checkpoint:

@@ -87,9 +87,21 @@ class Training:
     save_steps: int = key(50, least=1)
     save_total_limit: int = key(3, least=1)
     gradient_checkpointing: bool = False
-    seed: int = key(42, least=0)
+    seed: int = key(42, least=0, most=2**32 - 1)
     save_strategy: str | None = None
     ddp_find_unused_parameters: bool | None = None
+
+
+@dataclass
+class Penalties:
+    """Weights of the terms of penalties.py, taken off the reward."""
+
+    empty: float = key(0.0, least=0.0)
+    truncated: float = key(0.0, least=0.0)
+    extra_lines: float = key(0.0, least=0.0)
+    duplicate_lines: float = key(0.0, least=0.0)
+    dropped_lines: float = key(0.0, least=0.0)
+    no_final_newline: float = key(0.0, least=0.0)
 
 
 @dataclass
@@ -105,7 +117,9 @@ class Grpo:
     scale_rewards: str = key("group", choices=("group", "batch", "none"))
     mask_truncated: bool = False
     reward: str = key("percentage", choices=("percentage", "score"))
+    penalties: Penalties = field(default_factory=Penalties)
     eval_prompts: int = key(32, least=0)
+    rollout_batch_size: int = key(32, least=1)
 
 
 @dataclass
@@ -171,24 +185,23 @@ def _nearest(dotted: str) -> str:
     """What an unknown key may have been meant as: the same section first, then any."""
     section, _, name = dotted.rpartition(".")
     prefix = f"{section}." if section else ""
-    siblings = [k for k in _all_keys() if k.startswith(prefix) and "." not in k[len(prefix) :]]
-    match = difflib.get_close_matches(dotted, siblings, n=1, cutoff=0.7)
-    if not match:
-        leaves = {k.split(".")[-1]: k for k in _all_keys()}
-        match = [leaves[m] for m in difflib.get_close_matches(name, leaves, n=1, cutoff=0.7)]
-    if match:
-        return f"did you mean {match[0]}?"
-    return f"known here: {', '.join(k[len(prefix) :] for k in siblings)}"
+    below = {k.removeprefix(prefix): k for k in _all_keys() if k.startswith(prefix)}
+    siblings = {leaf: k for leaf, k in below.items() if "." not in leaf}
+    anywhere = {k.split(".")[-1]: k for k in _all_keys()}
+    for known in (siblings, anywhere):
+        if match := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
+            return f"did you mean {known[match[0]]}?"
+    return f"known here: {', '.join(siblings)}"
 
 
 def _number(value, whole: bool) -> int | float:
     """A YAML number, or a string that is one: PyYAML reads 2e-4 as a string (YAML 1.1)."""
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise ValueError
-    number = float(value)
+    number = value if isinstance(value, int) else float(value)
     if not math.isfinite(number) or (whole and number != int(number)):
         raise ValueError
-    return int(number) if whole else number
+    return int(number) if whole else float(number)
 
 
 def _typed(value, hint, bounds: dict):
@@ -217,6 +230,8 @@ def _typed(value, hint, bounds: dict):
                 raise ValueError
         elif not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
             raise ValueError
+        else:
+            value = list(value)  # not the caller's own, which may be a default
         if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
             raise ValueError
         if (
@@ -225,7 +240,7 @@ def _typed(value, hint, bounds: dict):
             or ("most" in bounds and not value <= bounds["most"])
         ):
             raise ValueError
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"{wanted}{optional}") from None
     return value
 
@@ -261,11 +276,11 @@ def _read_yaml(path: Path) -> dict:
         ) from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {reason}") from None
     if not isinstance(raw, dict) or not raw:
-        raise ConfigError(f"{path}: expected sections such as model:, found {raw!r}")
+        raise ConfigError(f"{path}: expected sections such as model:, found {raw!r:.60}")
     return raw
 
 
@@ -277,7 +292,7 @@ def _read_set(setting: str) -> dict:
         raise ConfigError(f"--set {setting}: expected section.key=value")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     for name in reversed(names):
         value = {name: value}

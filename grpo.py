@@ -1,4 +1,4 @@
-"""GRPO without a trainer: advantages, log-probabilities, loss, rollout and padding.
+"""The maths of GRPO: advantages, log-probabilities, loss, padding. Arrays in, arrays out.
 
 The formulas are TRL's forms of GRPO (Shao et al. 2024, arXiv:2402.03300), Dr. GRPO (Liu et al. 2025,
 arXiv:2503.20783), DAPO (Yu et al. 2025, arXiv:2503.14476) and, for level="sequence", GSPO (Zheng et
@@ -8,13 +8,11 @@ correction (the same weights in the same dtype sample and train).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from decode import TemperatureSampler, generate
-from model import hidden_states, lm_head
+from model import hidden_states
 
 # Logits held at once by token_logps, in numbers: 128 MiB of float32.
 LOGIT_BUDGET = 1 << 25
@@ -266,116 +264,3 @@ def completion_states(
         return last[rows]
     following = hidden_states(model, completions[:, :-1], cache)  # (B, T - 1, D)
     return mx.concatenate([last[rows], following], axis=1)
-
-
-@dataclass
-class Rollout:
-    """One sampled completion with everything that training needs to know of it."""
-
-    query: str
-    prompt: list[int]
-    tokens: list[int]  # as sampled, the end token included
-    finished: bool  # False: cut off at the limit
-    text: str
-    reward: float = 0.0
-    advantage: float = 0.0
-    old_logps: mx.array | None = field(default=None, repr=False)  # (T,)
-    ref_logps: mx.array | None = field(default=None, repr=False)  # (T,)
-
-
-def roll_out(
-    model: nn.Module,
-    tokenizer,
-    queries: Sequence[str],
-    prompts: Sequence[list[int]],
-    *,
-    num_generations: int,
-    max_tokens: int,
-    temperature: float,
-    end: int,
-    batch_size: int,
-) -> list[Rollout]:
-    """`num_generations` completions of each prompt, in the order of the prompts."""
-    completions = generate(
-        model,
-        prompts,
-        samples=num_generations,
-        max_tokens=max_tokens,
-        end=end,
-        sampler=TemperatureSampler(temperature),
-        batch_size=batch_size,
-    )
-    rollouts = []
-    for i, completion in enumerate(completions):
-        source = i // num_generations
-        text = tokenizer.decode(
-            completion.tokens[:-1] if completion.finished else completion.tokens
-        )
-        rollouts.append(
-            Rollout(queries[source], prompts[source], completion.tokens, completion.finished, text)
-        )
-    return rollouts
-
-
-def completion_logps(
-    model: nn.Module,
-    rollouts: Sequence[Rollout],
-    temperature: float,
-    with_entropy: bool = False,
-    with_gradient: bool = True,
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """(logps, mask, entropies) of completions given their prompts, each (B, T) float32."""
-    unique = list({tuple(r.prompt): None for r in rollouts})
-    prompts, prompt_mask = pad(unique, left=True, to=8)
-    rows = mx.array([unique.index(tuple(r.prompt)) for r in rollouts])
-    tokens, mask = pad([r.tokens for r in rollouts], to=8)  # (B, T)
-    padding = prompts.shape[1] - prompt_mask.sum(axis=1)
-    states = completion_states(model, prompts, padding, rows, tokens)
-    # The head sees real completion positions only.
-    where = mx.array([i for i, m in enumerate(mask.flatten().tolist()) if m])
-    flat, entropy = token_logps(
-        states.reshape(-1, states.shape[-1])[where],
-        tokens.flatten()[where],
-        lm_head(model),
-        temperature,
-        with_entropy,
-        with_gradient,
-    )
-
-    def spread(values: mx.array) -> mx.array:
-        return mx.zeros(mask.size).at[where].add(values).reshape(mask.shape)
-
-    return spread(flat), mask, None if entropy is None else spread(entropy)
-
-
-def micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
-    """Batches of at most `size` rollouts of like length, so that little is padding."""
-    ordered = sorted(rollouts, key=lambda r: len(r.tokens))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
-
-
-def remember_logps(
-    model: nn.Module, batches: Sequence[Sequence[Rollout]], temperature: float, name: str
-) -> None:
-    """Set `name` ("ref_logps" or "old_logps") of every rollout from the model as it is now."""
-    for batch in batches:
-        logps, _, _ = completion_logps(model, batch, temperature, with_gradient=False)
-        mx.eval(logps)
-        for rollout, row in zip(batch, logps, strict=True):
-            setattr(rollout, name, row[: len(rollout.tokens)])
-
-
-def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:
-    """(T_i,) arrays as one (B, width); None where the first is None."""
-    if rows[0] is None:
-        return None
-    return mx.stack([mx.pad(row, (0, width - row.size)) for row in rows])
-
-
-def batch_share(batch: Sequence[Rollout], rollouts: Sequence[Rollout], loss_type: str) -> float:
-    """The weight that makes the micro-batches' losses sum to the loss of all rollouts at once."""
-    if loss_type == "dapo":
-        return 1.0  # its normalizer counts the whole batch already
-    if loss_type == "bnpo":
-        return sum(len(r.tokens) for r in batch) / sum(len(r.tokens) for r in rollouts)
-    return len(batch) / len(rollouts)

@@ -1,15 +1,15 @@
 """K-quants in numpy: write ggml's Q4_K, Q5_K and Q6_K, and say which tensor gets which type.
 
-The gguf package reads these formats but does not write them. `quantize` gives the bytes that
-llama.cpp's own quantiser gives without an importance matrix (tests/bench/kquants_vs_ggml.py
-compares the two). Left out: importance matrices, Q2_K, Q3_K and the IQ types.
+The gguf package reads these formats but does not write them. The bytes are those of ggml's own
+quantiser without an importance matrix (tests/bench/kquants_vs_ggml.py compares the two). Left out:
+importance matrices, Q2_K, Q3_K and the IQ types.
 
 Block layouts and the search for scales follow ggml (https://github.com/ggml-org/ggml, MIT licence,
 Copyright (c) 2023-2026 The ggml authors). The code is this project's own, vectorised over blocks.
 
-Bit-identity rests on two habits. Every sum runs over the positions of a block one after the other
-in float32, as a C loop does: arrays are (position, block), so that numpy's sum over axis 0 adds
-whole rows in order. And products are grouped as in ggml: (w·L)·L is not w·(L·L).
+Equal bytes need equal rounding. Arrays are (position, group), so that numpy's sum over axis 0 adds
+row after row in float32, as a C loop does. Products are grouped as in ggml: (w·L)·L is not w·(L·L).
+A C compiler that fuses multiplications and additions (not the default on x86-64) rounds otherwise.
 """
 
 import os
@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf import quantize as gguf_quantize
+from gguf.quants import quantize as gguf_quantize
 
 F32, F16, BF16, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K = (
     GGMLQuantizationType[name]
@@ -38,7 +38,7 @@ BASE_TYPES = {
 NARROW_TYPES = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 
 BLOCK = 256  # values that share the half-precision scales of a K-quant
-CHUNK = 256  # blocks at a time: a chunk's arrays of 256 kB each fit a core's own cache
+CHUNK = 512  # blocks at a time: few enough for the cache, enough to keep threads off the GIL
 THREADS = min(4, os.cpu_count() or 1)
 NO_SCALE = np.float32(1e-15)  # Q6_K: a group below this is all zero
 
@@ -51,8 +51,6 @@ def tensor_type(
     name: the tensor's name in the GGUF, such as `blk.3.attn_v.weight`.
     shape: rows first, so that the last number is the row's width.
     tied: the file has no `output.weight`; the token embedding is used in its place.
-
-    Where llama.cpp refuses (Q8_0 for a width that is no multiple of 32) this is F16.
     Raises ValueError for a file type it does not know.
     """
     if ftype not in BASE_TYPES:
@@ -64,13 +62,15 @@ def tensor_type(
     if chosen in (F32, F16, BF16):
         return chosen
 
-    parts = name.split(".")
+    parts = name.split(".")  # blk, layer, tensor, weight
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         chosen = Q8_0 if chosen == Q8_0 else Q6_K
-    elif ftype in (LlamaFileType.MOSTLY_Q4_K_M, LlamaFileType.MOSTLY_Q5_K_M):
-        if parts[-2] in ("attn_v", "ffn_down") and _more_bits(int(parts[1]), n_layers):
-            chosen = Q6_K
-
+    elif (
+        ftype in (LlamaFileType.MOSTLY_Q4_K_M, LlamaFileType.MOSTLY_Q5_K_M)
+        and parts[-2] in ("attn_v", "ffn_down")
+        and _more_bits(int(parts[1]), n_layers)
+    ):
+        chosen = Q6_K
     width = shape[-1]
     if width % BLOCK:
         chosen = NARROW_TYPES.get(chosen, chosen)
@@ -103,7 +103,7 @@ def quantize(array: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
             "ask tensor_type for a type that fits"
         )
     limit = np.finfo(np.float32 if qtype in (F32, BF16) else np.float16).max
-    peak = np.maximum(array.max(), -array.min())  # NaN when there is a NaN
+    peak = max(array.max(), -array.min())  # NaN when there is a NaN
     if not peak <= limit:
         raise ValueError(
             f"{qtype.name} holds magnitudes up to {limit:.6g}, found {peak}; check the weights"
@@ -126,11 +126,8 @@ def quantize(array: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
     return result.reshape(*rows, -1)
 
 
-# ---- search for scales: (position, block) arrays ----
-
-
 def _scratch(count: int, like: np.ndarray) -> np.ndarray:
-    """`count` float32 arrays of one shape, on 64-byte lines: numpy's vector loops then run twice as fast."""
+    """`count` float32 arrays on a 64-byte boundary: numpy's loops are then twice as fast on x86."""
     room = np.empty(count * like.size + 16, np.float32)
     start = -room.ctypes.data % 64 // 4
     return room[start : start + count * like.size].reshape(count, *like.shape)
@@ -194,12 +191,11 @@ def _search_affine(
     low = np.minimum(x.min(axis=0), 0)
     origin = low.copy()
     inverse = top / (high - low)
-    scale = np.where(high == low, 0, 1 / inverse)
+    scale = 1 / inverse  # 0 where all of x is one number ≤ 0
     set_levels(origin, inverse)
     least = error(scale, low)
-    for k in range(steps + 1):
-        steepness = np.float32(first) + np.float32(0.1) * np.float32(k) + np.float32(top)
-        new_inverse = steepness / (high - low)
+    for intervals in first + 0.1 * np.arange(steps + 1, dtype=np.float32) + top:
+        new_inverse = intervals / (high - low)
         set_levels(low, new_inverse)
         np.multiply(weights, levels, out=product)
         sum_l = _total(product)
@@ -236,21 +232,17 @@ def _search_symmetric(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     Candidate 0 goes first; another one must be better to win.
     """
-    levels, weights, weighted, magnitude, term = _scratch(5, x)  # (16, B) each
-    np.abs(x, out=magnitude)
+    levels, weights, weighted, term = _scratch(4, x)  # (16, B) each
     np.multiply(x, x, out=weights)
     np.multiply(weights, x, out=weighted)
-    peak, largest = np.zeros((2, x.shape[1]), np.float32)
-    for row, size in zip(x, magnitude, strict=True):
-        larger = size > largest
-        np.copyto(peak, row, where=larger)
-        np.copyto(largest, size, where=larger)
-    peak[largest < NO_SCALE] = np.inf  # every candidate is then all zero, and none wins
+    np.abs(x, out=term)
+    peak = np.take_along_axis(x, term.argmax(axis=0)[None], axis=0)[0]
+    peak[np.abs(peak) < NO_SCALE] = np.inf  # every candidate is then all zero, and none wins
 
     scale, inverse = np.zeros_like(peak), np.zeros_like(peak)
     best = np.full_like(peak, -1)
-    for k in (0, *range(-9, 0), *range(1, 10)):
-        candidate = -(np.float32(32) + np.float32(0.1) * np.float32(k)) / peak
+    for intervals in 32 + 0.1 * np.array([0, *range(-9, 0), *range(1, 10)], np.float32):
+        candidate = -intervals / peak
         np.multiply(x, candidate, out=levels)
         np.rint(levels, out=levels)
         np.clip(levels, -32, 31, out=levels)
@@ -259,15 +251,12 @@ def _search_symmetric(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         np.multiply(weights, levels, out=term)
         np.multiply(term, levels, out=term)
         sum_l2 = _total(term)
-        better = (sum_l2 > 0) & (sum_lx * sum_lx > best * sum_l2)
+        better = sum_lx * sum_lx > best * sum_l2
         this_scale = sum_lx / sum_l2
         np.copyto(scale, this_scale, where=better)
         np.copyto(best, this_scale * sum_lx, where=better)
         np.copyto(inverse, candidate, where=better)
     return scale, inverse
-
-
-# ---- blocks of 256 values: (n, 256) float32 in, (n, bytes) uint8 out ----
 
 
 def _columns(blocks: np.ndarray, group: int) -> np.ndarray:
@@ -281,8 +270,7 @@ def _columns(blocks: np.ndarray, group: int) -> np.ndarray:
 def _six_bit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(n, 8) values ≥ 0 as a half-precision unit (n, 1) and codes 0..63 (n, 8)."""
     largest = np.maximum(values.max(axis=1, keepdims=True), 0)
-    inverse = np.where(largest > 0, 63 / largest, 0)
-    codes = np.minimum(_nearest_int(inverse * values).astype(np.uint8), 63)
+    codes = np.minimum(_nearest_int(63 / largest * values).astype(np.uint8), 63)
     return (largest / 63).astype(np.float16), codes
 
 
@@ -306,41 +294,34 @@ def _encode_affine(
     lost = step == 0  # the levels of the search stay where a scale is rounded to nothing
     levels[:, lost] = np.rint((x[:, lost] - origin[lost]) * inverse[lost]).clip(0, top)
 
-    high_s, high_m = s[:, 4:], m[:, 4:]
-    header = np.concatenate(
-        [
-            d.view(np.uint8),
-            dmin.view(np.uint8),
-            s[:, :4] | high_s >> 4 << 6,
-            m[:, :4] | high_m >> 4 << 6,
-            high_s & 15 | high_m << 4,
-        ],
-        axis=1,
-    )
+    packed_s = s[:, :4] | (s[:, 4:] >> 4 << 6)
+    packed_m = m[:, :4] | (m[:, 4:] >> 4 << 6)
+    packed_low = (s[:, 4:] & 15) | (m[:, 4:] << 4)
+    header = np.hstack([d.view(np.uint8), dmin.view(np.uint8), packed_s, packed_m, packed_low])
     return header, levels.T.astype(np.uint8).reshape(-1, 8, 32)
 
 
 def _nibbles(levels: np.ndarray) -> np.ndarray:
     """(n, 8, 32) levels, low four bits: groups 2i and 2i + 1 share 32 bytes."""
     low = levels & 15
-    return (low[:, 0::2] | low[:, 1::2] << 4).reshape(-1, 128)
+    return (low[:, 0::2] | (low[:, 1::2] << 4)).reshape(-1, 128)
 
 
 def _encode_q4_k(blocks: np.ndarray) -> np.ndarray:
-    """144 bytes a block: scales (16), levels (128)."""
+    """(n, 256) -> (n, 144): scales (16), levels (128)."""
     header, levels = _encode_affine(blocks, top=15, first=-1.0, steps=20)
-    return np.concatenate([header, _nibbles(levels)], axis=1)
+    return np.hstack([header, _nibbles(levels)])
 
 
 def _encode_q5_k(blocks: np.ndarray) -> np.ndarray:
-    """176 bytes a block: scales (16), fifth bits (32: bit g of byte i is group g's), levels (128)."""
+    """(n, 256) -> (n, 176): scales (16), fifth bits (32; bit g for group g), levels (128)."""
     header, levels = _encode_affine(blocks, top=31, first=-0.5, steps=15)
     fifth = np.packbits(levels >> 4, axis=1, bitorder="little").reshape(-1, 32)
-    return np.concatenate([header, fifth, _nibbles(levels)], axis=1)
+    return np.hstack([header, fifth, _nibbles(levels)])
 
 
 def _encode_q6_k(blocks: np.ndarray) -> np.ndarray:
-    """210 bytes a block: low four bits (128), high two bits (64), scales (16), d (2).
+    """(n, 256) -> (n, 210): low four bits (128), high two bits (64), scales (16), d (2).
 
     Sixteen groups of 16, x ≈ d·s·(L − 32), s in −128..127. A block without a scale is all zero.
     """
@@ -358,17 +339,12 @@ def _encode_q6_k(blocks: np.ndarray) -> np.ndarray:
     kept = np.rint(x[:, lost] * inverse[lost]).clip(-32, 31) + 32
     levels[:, lost] = np.where(inverse[lost] == 0, 0, kept)
 
-    quarters = levels.T.astype(np.uint8).reshape(-1, 2, 4, 32)  # 128 values: four runs of 32
+    quarters = levels.T.astype(np.uint8).reshape(-1, 2, 4, 32)  # each 128 values: 4 runs of 32
     low, high = quarters & 15, quarters >> 4
-    result = np.concatenate(
-        [
-            (low[:, :, :2] | low[:, :, 2:] << 4).reshape(-1, 128),
-            (high << np.array([0, 2, 4, 6], np.uint8)[:, None]).sum(2, np.uint8).reshape(-1, 64),
-            s.view(np.uint8),
-            d.view(np.uint8),
-        ],
-        axis=1,
-    )
+    low = low[:, :, :2] | (low[:, :, 2:] << 4)  # runs 0 and 2, 1 and 3
+    high = np.bitwise_or.reduce(high << np.array([[0], [2], [4], [6]], np.uint8), axis=2)
+    parts = [low.reshape(-1, 128), high.reshape(-1, 64), s.view(np.uint8), d.view(np.uint8)]
+    result = np.hstack(parts)
     result[np.abs(largest[:, 0]) < NO_SCALE] = 0
     return result
 

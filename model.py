@@ -7,6 +7,7 @@ by "parent"), so that a chain base → SFT → GRPO is found from its last folde
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from checkpoint import digest, save_arrays, write_json
+from dataset.schema import QUERY_DIGESTS
 from prompt import IM_END
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -78,9 +80,12 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds {value!r:.60}, not an object")
+    return value
 
 
 def read_chain(name: str) -> Chain:
@@ -265,6 +270,8 @@ def copy_adapters(chain: Chain, folder: Path) -> None:
         if config.get("parent"):
             config["parent"] = "sft"
         save_adapter(folder, mx.load(str(source / ADAPTER_FILE)), config)
+        if (source / QUERY_DIGESTS).is_file():
+            shutil.copyfile(source / QUERY_DIGESTS, folder / QUERY_DIGESTS)
         folder = folder / "sft"
 
 

@@ -19,7 +19,9 @@ from cli import Interrupted, duration
 from config import Config, Training, to_yaml
 from model import adapter_weights, save_adapter
 
-METRICS, RESULT = "metrics.jsonl", "run.json"
+METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
+# Nats a token; a healthy run stays far below.
+RUNAWAY_KL = 0.5
 # Buffers kept for reuse: what is above goes back to the system, instead of all at every step.
 CACHE_LIMIT_BYTES = 2 << 30
 
@@ -68,6 +70,22 @@ class AdamW(optim.AdamW):
         return super().apply_gradients(gradients, parameters)
 
 
+def check_output(config: Config) -> None:
+    """Fail on a folder that cannot be written before anything is loaded.
+
+    Raises:
+        OSError: it cannot be made, or nothing can be written in it.
+    """
+    folder = Path(config.model.output)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        write_text(probe, "")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"model.output {folder}: cannot be written: {error.strerror}") from None
+
+
 class Run:
     """The folder and the life of one training run.
 
@@ -88,6 +106,8 @@ class Run:
         self.best_step = self.stale = 0
         self.elapsed_before = 0.0
         self.signum: int | None = None
+        self.first_length: float | None = None
+        self.warned: set[str] = set()
         self.start = self.last_save = time.monotonic()
         self._claim(resume, overwrite)
         mx.set_cache_limit(CACHE_LIMIT_BYTES)
@@ -113,15 +133,17 @@ class Run:
             )
         write_text(started, self.config_text)
         if not resume:
-            (self.folder / METRICS).unlink(missing_ok=True)
+            for name in (METRICS, SAMPLES):
+                (self.folder / name).unlink(missing_ok=True)
 
     # ---------------------------------------------------------------- state
 
-    def restore(self, model, optimizer: optim.Optimizer) -> dict:
-        """Put the newest whole checkpoint back, if there is one; its extra state, else {}."""
+    def restore(self, model, optimizer: optim.Optimizer) -> None:
+        """Put the newest whole checkpoint back; without one the run starts at step 0."""
         found: Checkpoint | None = self.checkpoints.latest(warn=self.warn)
         if found is None:
-            return {}
+            self._trim_logs(-1)
+            return
         model.load_weights(list(found.arrays["adapters"].items()), strict=False)
         optimizer.state = tree_unflatten(list(found.arrays["optimizer"].items()))
         mx.random.state[0] = found.arrays["random"]["state"]
@@ -130,17 +152,17 @@ class Run:
         state = found.state
         self.best_value, self.best_step = state["best_value"], state["best_step"]
         self.stale, self.elapsed_before = state["stale"], state["elapsed"]
-        self._trim_metrics(found.step)
+        self.first_length = state["first_length"]
+        self._trim_logs(found.step)
         print(f"resuming at step {found.step} of {self.total}")
-        return state["extra"]
 
-    def _trim_metrics(self, step: int) -> None:
+    def _trim_logs(self, step: int) -> None:
         """Drop what was logged after the checkpoint: those steps are run again."""
-        path = self.folder / METRICS
-        if path.is_file():
-            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        for path in (self.folder / METRICS, self.folder / SAMPLES):
+            if not path.is_file():
+                continue
             kept = []
-            for line in lines:
+            for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line)
@@ -148,7 +170,7 @@ class Run:
                     continue  # the last line of a killed run may be cut
             write_text(path, "".join(kept))
 
-    def save(self, model, optimizer: optim.Optimizer, extra: dict | None = None) -> Path:
+    def save(self, model, optimizer: optim.Optimizer) -> Path:
         arrays = {
             "adapters": adapter_weights(model),
             "optimizer": dict(tree_flatten(optimizer.state)),
@@ -161,7 +183,7 @@ class Run:
             "best_step": self.best_step,
             "stale": self.stale,
             "elapsed": self.elapsed(),
-            "extra": extra or {},
+            "first_length": self.first_length,
         }
         path = self.checkpoints.save(self.step, state, arrays)
         self.last_save = time.monotonic()
@@ -206,6 +228,40 @@ class Run:
         }
         with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": self.step, **clean}) + "\n")
+
+    def log_samples(self, rollouts, group: int, prompts: int = 2) -> None:
+        """The first few groups in full, to read what the policy learns."""
+        with (self.folder / SAMPLES).open("a", encoding="utf-8") as stream:
+            for r in rollouts[: prompts * group]:
+                sample = {
+                    "step": self.step,
+                    "query": r.query,
+                    "completion": r.text,
+                    "finished": r.finished,
+                    "rubric": r.rubric,
+                    "penalties": r.penalties,
+                    "reward": r.reward,
+                    "advantage": r.advantage,
+                }
+                stream.write(json.dumps(sample, ensure_ascii=False) + "\n")
+
+    def watch(self, record: dict) -> None:
+        """Warn, once each, of what ruins a GRPO run."""
+        length = record["completions/mean_length"]
+        self.first_length = self.first_length or length
+        troubles = {
+            "the KL to the SFT model is running away: lower learning_rate or raise grpo.beta": (
+                record["kl"] > RUNAWAY_KL
+            ),
+            "every group has equal rewards, so nothing is learnt: raise num_generations or "
+            "generation.temperature": record["frac_reward_zero_std"] == 1.0,
+            "completions are under a third of their first length: look at samples.jsonl and "
+            "grpo.penalties": length < self.first_length / 3,
+        }
+        for trouble, present in troubles.items():
+            if present and trouble not in self.warned:
+                self.warned.add(trouble)
+                self.warn(f"step {self.step}: {trouble}")
 
     def say(self, text: str) -> None:
         print(f"step {self.step}/{self.total}  {text}", flush=True)

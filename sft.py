@@ -12,8 +12,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from dataset.schema import Example
 from grpo import LOGIT_BUDGET, token_logps
 from model import hidden_states, lm_head
+from prompt import render_target
 
 # Shapes are rounded up to these, so that a compiled step is traced only a few times.
 LENGTH_STEP, TOKEN_STEP = 16, 64
@@ -26,6 +28,23 @@ class Row:
     ids: list[int]
     start: int
     source: str
+
+
+def tokenize(
+    examples: Sequence[Example],
+    prompts: Sequence[list[int]],
+    tokenizer,
+    final_newline: bool,
+    max_length: int,
+) -> tuple[list[Row], int]:
+    """(rows, number of examples left out because they are over `max_length` tokens)."""
+    rows = []
+    for example, prompt in zip(examples, prompts, strict=True):
+        text = render_target(example.lines, final_newline)
+        target = tokenizer.encode(text, add_special_tokens=False)
+        if len(prompt) + len(target) <= max_length:
+            rows.append(Row(prompt + target, len(prompt), example.source))
+    return rows, len(examples) - len(rows)
 
 
 def collate(rows: Sequence[Row], normalizer: float | None = None) -> tuple[mx.array, ...]:

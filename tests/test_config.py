@@ -1,0 +1,379 @@
+"""config.py: the shipped files, types and bounds, every problem at once, files of the original."""
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from config import NO_EFFECT, Config, ConfigError, load_config, to_yaml
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+# Keys that one stage alone reads, and that the other stage's file leaves out.
+SFT_ONLY = {
+    "model.base",
+    "model.load_in_4bit",
+    "model.load_in_8bit",
+    "dataset.final_newline",
+    "training.max_length",
+    "training.gradient_checkpointing",
+}
+GRPO_ONLY = {"model.sft", "generation.temperature"}
+
+# What the original's two files hold (REFERENCE values), and every further key it knew.
+ORIGINAL_SFT = """
+model:
+  base: "Qwen/Qwen3-1.7B"
+  output: "someone/expander-sft"
+  push_to_hub: false
+  trust_remote_code: true
+  torch_dtype: bfloat16
+  load_in_4bit: false
+  load_in_8bit: false
+dataset:
+  name: "tobil/qmd-query-expansion-train-v2"
+  text_field: "text"
+  split: "train"
+  eval_split: 0.1
+  max_samples: null
+training:
+  epochs: 5
+  batch_size: 4
+  gradient_accumulation_steps: 4
+  learning_rate: 2e-4
+  max_length: 512
+  warmup_ratio: 0.03
+  lr_scheduler: "cosine"
+  save_interval_minutes: 30
+  save_steps: 200
+  save_total_limit: 3
+  save_strategy: "steps"
+  eval_steps: 200
+  ddp_find_unused_parameters: false
+lora:
+  rank: 16
+  alpha: 32
+  dropout: 0.0
+  target_modules:
+    ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+gguf: true
+tracking:
+  project: "expander"
+  run_name: "sft {day} {time}"
+"""
+ORIGINAL_GRPO = """
+model:
+  base: "Qwen/Qwen3-1.7B"
+  sft: "someone/expander-sft"
+  output: "someone/expander-grpo"
+dataset:
+  name: "tobil/qmd-query-expansion-train-v2"
+  prompt_field: "messages"
+  max_samples: 1000
+training:
+  epochs: 1
+  max_steps: 200
+  batch_size: 2
+  gradient_accumulation_steps: 8
+  learning_rate: 5e-7
+  max_grad_norm: 0.5
+grpo:
+  num_generations: 4
+  max_completion_length: 200
+  beta: 0.04
+lora:
+  rank: 4
+  alpha: 8
+  dropout: 0.05
+  target_modules: ["q_proj", "v_proj"]
+generation:
+  temperature: 1.0
+  top_k: 20
+  top_p: 0.8
+  repetition_penalty: 1.05
+tracking:
+  project: "expander"
+  run_name: "grpo {day} {time}"
+"""
+
+
+def write(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def problems(stage: str, path: Path, settings=()) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_config(stage, path, settings)
+    return str(caught.value).splitlines()
+
+
+def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Dotted key → value of everything in a nested mapping that is not a mapping."""
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found |= leaves(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value
+    return found
+
+
+def all_keys() -> set[str]:
+    """Every dotted key that something reads."""
+    return {
+        key
+        for key in leaves(dataclasses.asdict(Config()))
+        if key not in NO_EFFECT and key.partition(".")[0] not in NO_EFFECT
+    }
+
+
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_shipped_file_says_what_the_defaults_are(stage, tmp_path):
+    shipped, ignored = load_config(stage)
+    almost_empty, _ = load_config(stage, write(tmp_path, "model: {}"))
+    assert shipped == almost_empty
+    assert ignored == []
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_the_shipped_file_has_every_key_of_its_stage_with_a_comment(stage):
+    text = (CONFIGS / f"{stage}.yaml").read_text(encoding="utf-8")
+    other = GRPO_ONLY | {k for k in all_keys() if k.startswith("grpo.")}
+    if stage == "grpo":
+        other = SFT_ONLY
+    assert set(leaves(yaml.safe_load(text))) == all_keys() - other
+    for line in text.splitlines():
+        if re.match(r"\s+\w+:", line):
+            assert re.search(r"\s#\s\w.{5,}", line), f"no comment: {line}"
+
+
+def test_the_values_are_the_originals():
+    sft, _ = load_config("sft")
+    assert sft.model.base == "Qwen/Qwen3-1.7B"
+    assert sft.dataset.name == "tobil/qmd-query-expansion-train-v2"
+    assert (sft.dataset.eval_split, sft.training.epochs) == (0.1, 5)
+    assert (sft.training.batch_size, sft.training.gradient_accumulation_steps) == (4, 4)
+    assert (sft.training.learning_rate, sft.training.warmup_ratio) == (2e-4, 0.03)
+    assert (sft.training.lr_scheduler, sft.training.max_length) == ("cosine", 512)
+    assert (sft.training.max_grad_norm, sft.training.weight_decay) == (1.0, 0.0)
+    assert (sft.training.save_interval_minutes, sft.training.save_total_limit) == (30, 3)
+    assert (sft.lora.rank, sft.lora.alpha, sft.lora.dropout) == (16, 32, 0)
+    assert len(sft.lora.target_modules) == 7
+
+    grpo, _ = load_config("grpo")
+    assert (grpo.training.epochs, grpo.training.max_steps, grpo.dataset.max_samples) == (
+        1,
+        200,
+        1000,
+    )
+    assert (grpo.training.batch_size, grpo.training.gradient_accumulation_steps) == (2, 8)
+    assert (grpo.training.learning_rate, grpo.training.max_grad_norm) == (5e-7, 0.5)
+    assert (grpo.grpo.num_generations, grpo.grpo.max_completion_length) == (4, 200)
+    assert grpo.grpo.beta == 0.04
+    assert (grpo.lora.rank, grpo.lora.alpha, grpo.lora.dropout) == (4, 8, 0.05)
+    assert grpo.lora.target_modules == ["q_proj", "v_proj"]
+
+
+
+
+@pytest.mark.parametrize(("stage", "text"), [("sft", ORIGINAL_SFT), ("grpo", ORIGINAL_GRPO)])
+def test_a_file_of_the_original_loads_unchanged(stage, text, tmp_path):
+    config, ignored = load_config(stage, write(tmp_path, text))
+    given = leaves(yaml.safe_load(text))
+    resolved = leaves(dataclasses.asdict(config))
+    given["training.learning_rate"] = float(given["training.learning_rate"])  # "2e-4" in YAML 1.1
+    assert {key: resolved[key] for key in given} == given
+    named = {sentence.split(" (")[0] for sentence in ignored}
+    top_level = {key.partition(".")[0] for key in given} & set(NO_EFFECT)
+    assert named >= (set(given) & set(NO_EFFECT)) | top_level
+    assert all(re.fullmatch(r"[\w.]+ \(.+\)", sentence) for sentence in ignored)
+
+
+def test_a_number_written_without_a_dot_is_a_number(tmp_path):
+    assert isinstance(yaml.safe_load("2e-4"), str)  # why this needs care
+    path = write(tmp_path, "training: {learning_rate: 2e-4, epochs: '3', max_steps: 1e2}")
+    training = load_config("sft", path)[0].training
+    assert training.learning_rate == 0.0002
+    assert (training.epochs, type(training.epochs)) == (3.0, float)
+    assert (training.max_steps, type(training.max_steps)) == (100, int)
+
+
+
+
+def test_all_problems_are_reported_at_once(tmp_path):
+    path = write(
+        tmp_path,
+        """
+        model: {bose: x}
+        training: {learning_rte: 1, epochs: many, batch_size: 2.5, seed: true, max_grad_norm: -1}
+        lora: {rank: 0, target_modules: [q_proj, w_proj], dropout: .nan}
+        grpo: 7
+        """,
+    )
+    found = problems("sft", path, ["training.lr_scheduler=cosin", "lora.ranc=4"])
+    expected = [  # key, value, what is allowed or meant
+        ("model.bose", "unknown key", "did you mean model.base?"),
+        ("training.learning_rte", "unknown key", "did you mean training.learning_rate?"),
+        ("training.epochs", "'many'", "a number > 0.0"),
+        ("training.batch_size", "2.5", "a whole number >= 1"),
+        ("training.seed", "True", "a whole number >= 0"),
+        ("training.max_grad_norm", "-1", ">= 0.0"),
+        ("lora.rank", "0", "a whole number >= 1"),
+        ("lora.target_modules", "['q_proj', 'w_proj']", "q_proj, k_proj"),
+        ("lora.dropout", "nan", "a number >= 0.0 <= 0.99"),
+        ("grpo", "7", "not a section"),
+        ("training.lr_scheduler", "'cosin'", "cosine, linear, constant"),
+        ("lora.ranc", "unknown key", "did you mean lora.rank?"),
+    ]
+    assert len(found) == len(expected)
+    for line, (key, value, allowed) in zip(found, expected, strict=True):
+        assert f"{key}: " in line and value in line and allowed in line
+    assert all(line.startswith(f"{path}: ") for line in found[:10])
+    assert found[10].startswith("--set training.lr_scheduler=cosin: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "hint"),
+    [
+        ("trainig: {}", "did you mean training?"),
+        ("model: {rank: 4}", "did you mean lora.rank?"),
+        ("learning_rate: 1", "did you mean training.learning_rate?"),
+        ("lora: {zzz: 4}", "known here: rank, alpha, dropout, target_modules"),
+        ("model: {7: 4}", "known here: base, output"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(text, hint, tmp_path):
+    [line] = problems("sft", write(tmp_path, text))
+    assert "unknown key" in line and hint in line
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [
+        ("training: {seed: 4294967296}", "training.seed"),  # MLX and NumPy take no larger one
+        (f"training: {{max_steps: 1{'0' * 400}}}", "training.max_steps"),  # beyond a float
+        ("training: {epochs: .inf}", "training.epochs"),
+        ("training: {epochs: null}", "training.epochs"),
+        ("training: {save_interval_minutes: 0}", "training.save_interval_minutes"),
+        ("dataset: {eval_split: 0.6}", "dataset.eval_split"),
+        ("dataset: {max_samples: 0}", "dataset.max_samples"),
+        ("model: {output: 2026-01-01}", "model.output"),
+        ("model: {output: null}", "model.output"),
+        ("model: {load_in_4bit: 1}", "model.load_in_4bit"),
+        ("lora: {target_modules: q_proj}", "lora.target_modules"),
+        ("lora: {target_modules: []}", "lora.target_modules"),
+        ("lora: {target_modules: [1]}", "lora.target_modules"),
+        ("grpo: {loss_type: ppo}", "grpo.loss_type"),
+    ],
+)
+def test_a_value_out_of_bounds_is_refused(text, key, tmp_path):
+    [line] = problems("sft", write(tmp_path, text))
+    assert f"{key}: " in line and "is not allowed; it takes " in line
+
+
+def test_null_is_named_as_allowed_where_it_is(tmp_path):
+    [line] = problems("sft", write(tmp_path, "training: {patience: no}"))
+    assert line.endswith("it takes a whole number >= 1 or null")
+    config, _ = load_config("sft", write(tmp_path, "training: {save_interval_minutes: null}"))
+    assert config.training.save_interval_minutes is None
+
+
+def test_4_and_8_bits_exclude_each_other(tmp_path):
+    [line] = problems("sft", write(tmp_path, "model: {load_in_4bit: true, load_in_8bit: true}"))
+    assert "choose one" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "expected sections"),
+        ("# nothing but a comment\n", "expected sections"),
+        ("- a\n- list\n", "expected sections"),
+        ("just text", "expected sections"),
+        ("model: [unclosed", "not valid YAML"),
+        ("model:\n\tbase: tab", "not valid YAML"),
+        ("model: {output: 2026-13-01}", "not valid YAML"),  # read as a date, which it is not
+        ("model: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("model: {base: \xe9}".encode("latin-1"), "cannot be read"),
+    ],
+)
+def test_a_file_that_is_no_config_is_one_line(text, reason, tmp_path):
+    path = write(tmp_path, text)
+    [line] = problems("sft", path)
+    assert line.startswith(f"{path}: ") and reason in line and len(line) < 300
+
+
+def test_a_missing_file_and_a_folder(tmp_path):
+    [line] = problems("sft", tmp_path / "none.yaml")
+    assert "none.yaml: no such config file" in line
+    [line] = problems("sft", tmp_path)
+    assert "cannot be read" in line
+
+
+def test_a_byte_order_mark_is_no_problem(tmp_path):
+    config, _ = load_config("sft", write(tmp_path, b"\xef\xbb\xbfmodel: {base: a/b}\r\n"))
+    assert config.model.base == "a/b"
+
+
+
+
+def test_settings_are_typed_and_win_in_order(tmp_path):
+    path = write(tmp_path, "training: {epochs: 9, batch_size: 9}\nmodel: {base: file/kept}")
+    config, ignored = load_config(
+        "sft",
+        path,
+        [
+            "training.epochs=2",
+            "training.epochs=0.5",
+            "training.learning_rate=1e-3",
+            "training.max_steps=null",
+            "dataset.final_newline=false",
+            "dataset.name=data/*.jsonl",
+            "lora.target_modules=[q_proj, v_proj]",
+            "model.torch_dtype=float16",
+        ],
+    )
+    assert (config.training.epochs, config.training.batch_size) == (0.5, 9)
+    assert config.training.learning_rate == 0.001
+    assert config.training.max_steps is None
+    assert config.dataset.final_newline is False
+    assert config.dataset.name == "data/*.jsonl"
+    assert config.lora.target_modules == ["q_proj", "v_proj"]
+    assert config.model.base == "file/kept"
+    assert [sentence.split(" (")[0] for sentence in ignored] == ["model.torch_dtype"]
+
+
+def test_a_glob_that_yaml_reads_as_an_alias_is_text():
+    assert load_config("sft", None, ["dataset.name=*.jsonl"])[0].dataset.name == "*.jsonl"
+
+
+@pytest.mark.parametrize("setting", ["training.epochs", "=3", "training.=3", ""])
+def test_a_setting_without_key_or_value_is_refused(setting):
+    with pytest.raises(ConfigError, match=r"^--set .*expected section.key=value"):
+        load_config("sft", None, [setting])
+
+
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_to_yaml_reads_back_to_an_equal_config(stage, tmp_path):
+    config, _ = load_config(
+        stage,
+        None,
+        ["training.learning_rate=3e-5", "training.patience=2", "dataset.name='données/*.jsonl'"],
+    )
+    again, _ = load_config(stage, write(tmp_path, to_yaml(config)))
+    assert again == config
+    assert to_yaml(again) == to_yaml(config)
+
+
+def test_a_changed_config_leaves_the_defaults_alone(tmp_path):
+    path = write(tmp_path, "model: {}")
+    load_config("grpo", path)[0].lora.target_modules.append("k_proj")
+    assert load_config("grpo", path)[0].lora.target_modules == ["q_proj", "v_proj"]

@@ -1,0 +1,80 @@
+"""prompt.py: the bytes of the frame; and the doctests of every module."""
+
+import doctest
+import importlib
+from pathlib import Path
+
+import pytest
+
+from prompt import TYPES, query_of, render_lines, render_prompt, render_target, user_message
+
+ROOT = Path(__file__).parent.parent
+WITH_DOCTESTS = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for folder in (".", "dataset")
+    for path in (ROOT / folder).glob("*.py")
+    if ">>> " in path.read_text(encoding="utf-8")
+)
+
+
+def test_the_frame_to_the_byte():
+    prompt = render_prompt("auth config")
+    target = render_target([("hyde", "One."), ("lex", "auth settings"), ("vec", "how to")])
+    assert (prompt + target).encode() == (
+        b"<|im_start|>user\n"
+        b"/no_think Expand this search query: auth config<|im_end|>\n"
+        b"<|im_start|>assistant\n"
+        b"hyde: One.\n"
+        b"lex: auth settings\n"
+        b"vec: how to\n"
+        b"<|im_end|>"
+    )
+
+
+def test_the_final_newline_can_be_left_out():
+    lines = [("lex", "a b")]
+    assert render_target(lines) == "lex: a b\n<|im_end|>"
+    assert render_target(lines, final_newline=False) == "lex: a b<|im_end|>"
+    assert render_lines([*lines, ("vec", "c d")]) == "lex: a b\nvec: c d"
+
+
+def test_a_system_turn_comes_first():
+    assert render_prompt("q", system="Be brief.") == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n" + render_prompt("q")
+    )
+
+
+def test_an_intent_is_a_second_line_of_the_users_turn():
+    assert user_message("apple", "fruit") == (
+        "/no_think Expand this search query: apple\nQuery intent: fruit"
+    )
+    assert "apple\nQuery intent: fruit<|im_end|>\n<|im_start|>assistant\n" in render_prompt(
+        "apple", intent="fruit"
+    )
+    for nothing in (None, ""):
+        assert user_message("apple", nothing) == user_message("apple")
+
+
+@pytest.mark.parametrize("query", ["auth config", "東京 花見", "a /only:lex", "expand: this", "C++"])
+def test_query_of_undoes_user_message(query):
+    assert query_of(user_message(query)) == query
+    assert query_of(f"  {user_message(query)}\n") == query
+
+
+def test_query_of_other_text_is_none():
+    assert query_of("Expand this search query: auth") is None
+    assert query_of(user_message("")) == ""
+
+
+def test_hyde_is_the_first_line_of_a_target():
+    assert TYPES == ("hyde", "lex", "vec")
+
+
+@pytest.mark.parametrize("name", WITH_DOCTESTS)
+def test_the_examples_in_docstrings(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.attempted > 0 and result.failed == 0
+
+
+def test_modules_with_examples_are_found():
+    assert {"prompt", "cli", "grpo"} <= set(WITH_DOCTESTS)
