@@ -50,12 +50,13 @@ def write_json(path: Path, value: object) -> None:
 
 
 def save_arrays(path: Path, arrays: dict) -> None:
-    """Write named MLX arrays as .safetensors."""
+    """Write named MLX arrays as .safetensors; the same arrays give the same bytes."""
     import mlx.core as mx
 
     def write(temporary: Path) -> None:
         try:
-            mx.save_safetensors(str(temporary), arrays)
+            # The order in which names were inserted shows in MLX's file.
+            mx.save_safetensors(str(temporary), dict(sorted(arrays.items())))
         except RuntimeError as error:  # what MLX raises when a write falls short
             raise OSError(f"cannot write {path}: {error}") from None
 

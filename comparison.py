@@ -8,6 +8,7 @@ from report import CONFIDENCE, FLAGS, bootstrap, mean, printable, summarize, tab
 
 SCHEMA = 1
 SHOWN = 10
+RESULT_KEYS = {"query", "category", "trained_on", "percentage", "samples"}
 
 
 def read_results(path: Path) -> dict:
@@ -29,6 +30,10 @@ def read_results(path: Path) -> dict:
             f"--compare {path}: its schema is {record['schema']!r}, this version reads {SCHEMA}; "
             "evaluate again with -o"
         )
+    results = record.get("results")
+    complete = isinstance(results, list) and {"model", "decode"} <= record.keys()
+    if not complete or not all(isinstance(x, dict) and x.keys() >= RESULT_KEYS for x in results):
+        raise ValueError(f"--compare {path}: the results are incomplete; evaluate again with -o")
     return record
 
 

@@ -1,28 +1,127 @@
-"""Export a trained model: `python convert.py && ollama create …`.
+"""Export a trained model: `python convert.py`, then `ollama create` or a line in QMD's config.
 
-Fuses base → SFT → GRPO in float32, writes GGUF files that llama.cpp, QMD and Ollama run, and a
-Modelfile. Left out: uploading, vision towers, architectures other than qwen3, qwen2 and llama.
+Fuses base → SFT → GRPO in float32 and writes GGUF files that llama.cpp, QMD and Ollama run as
+trained, and a Modelfile. Left out: uploading, importance matrices, RoPE scaling, other architectures
+than qwen3, qwen2 and llama.
 """
 
 import argparse
+import json
 import re
+import shlex
+import shutil
 import signal
+import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import cli
-from prompt import IM_END, IM_START
+from prompt import IM_END, IM_START, user_message
 from qmd import SAMPLING
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-# q4_k_m is the type of QMD's own file; q8_0 is for those who would rather have the last percent.
-DEFAULT_TYPES = ["q4_k_m", "q8_0"]
+# q4_k_m is the type QMD's own model comes in, half the size of q8_0, which keeps more.
+DEFAULT_TYPES = ("q4_k_m", "q8_0")
 TRAINED = (Path("outputs/grpo"), Path("outputs/sft"))
+MAX_NAME = 80
+NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
+NAME_RULE = (
+    f"a name has at most {MAX_NAME} letters, digits, dots, dashes and underscores, "
+    "and starts with a letter, digit or underscore"
+)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Export a trained model as GGUF files for QMD, Ollama and llama.cpp.",
+        epilog="example: python convert.py --quantize q4_k_m --ollama qmd-expand",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="adapter folder, model folder or Hub id (default: outputs/grpo, else outputs/sft)",
+    )
+    parser.add_argument(
+        "--output",
+        metavar="DIR",
+        type=Path,
+        default=Path("outputs/gguf"),
+        help="where the GGUF files and the Modelfile go (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--quantize",
+        metavar="TYPE",
+        nargs="+",
+        help=f"{', '.join(TYPES)} (default: {' '.join(DEFAULT_TYPES)}; none with --mlx or --peft)",
+    )
+    parser.add_argument("--name", help="of the files (default: qmd-query-expansion-BASE)")
+    parser.add_argument(
+        "--verify",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="check the tokenizer, and read each file back before it takes its name",
+    )
+    parser.add_argument("--ollama", metavar="NAME", help="run ollama create NAME at the end")
+    parser.add_argument("--mlx", metavar="DIR", type=Path, help="write the fused model for MLX")
+    parser.add_argument("--peft", metavar="DIR", type=Path, help="write the adapter for PEFT")
+    arguments = parser.parse_args()
+    if arguments.quantize is None:
+        arguments.quantize = [] if arguments.mlx or arguments.peft else DEFAULT_TYPES
+    arguments.quantize = list(dict.fromkeys(kind.lower() for kind in arguments.quantize))
+    return arguments
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Fail on what cannot work before anything is read."""
+    if unknown := [kind for kind in arguments.quantize if kind not in TYPES]:
+        raise ValueError(f"--quantize {unknown[0]}: no such type; choose from {', '.join(TYPES)}")
+    if arguments.name and not NAME.fullmatch(arguments.name):
+        raise ValueError(f"--name {arguments.name}: {NAME_RULE}")
+    if arguments.ollama:
+        check_ollama(arguments.ollama)
+        if not arguments.quantize:
+            raise ValueError("--ollama needs a GGUF file: name a type with --quantize")
+
+
+def check_ollama(name: str) -> None:
+    """Raises ValueError for a [namespace/]name[:tag] that Ollama refuses, or when it is not there."""
+    path, colon, tag = name.partition(":")
+    parts = path.split("/") + ([tag] if colon else [])
+    if path.count("/") > 1 or not all(NAME.fullmatch(part) for part in parts):
+        raise ValueError(f"--ollama {name}: Ollama refuses it; {NAME_RULE}")
+    if shutil.which("ollama") is None:
+        raise ValueError("--ollama: there is no ollama command here; install it from ollama.com")
+
+
+def trained_model() -> str:
+    """The last stage that has been trained.
+
+    Raises:
+        ValueError: none has.
+    """
+    for folder in TRAINED:
+        if (folder / "adapter_config.json").is_file():
+            return str(folder)
+    raise ValueError("no model yet: run python train.py sft first, or name one with --model")
+
+
+def default_name(base: str) -> str:
+    """
+    >>> default_name("Qwen/Qwen3-1.7B")
+    'qmd-query-expansion-qwen3-1.7b'
+    """
+    safe = re.sub(r"[^a-z0-9_.-]+", "-", Path(base).name.lower())
+    return f"qmd-query-expansion-{safe}"[:MAX_NAME].rstrip("-.")
 
 
 def modelfile(gguf: str) -> str:
-    """Ollama's Modelfile for a GGUF file beside it: prompt.py's frame to the byte, QMD's sampling."""
+    """Ollama's Modelfile for the GGUF file beside it: prompt.py's frame to the byte, QMD's sampling.
+
+    It ranges over .Messages, so that a chat's turns are framed as well, and names no tools and no
+    thinking: the file's own template has neither, so this one stands.
+    """
     return f'''FROM ./{gguf}
 TEMPLATE """{{{{- range .Messages }}}}{IM_START}{{{{ .Role }}}}
 {{{{ .Content }}}}{IM_END}
@@ -40,69 +139,99 @@ PARAMETER num_ctx 4096
 '''
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Export a trained model as GGUF files.")
-    parser.add_argument(
-        "--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)"
-    )
-    parser.add_argument("--output", type=Path, default=Path("outputs/gguf"), metavar="DIR")
-    parser.add_argument(
-        "--quantize",
-        nargs="+",
-        default=DEFAULT_TYPES,
-        metavar="TYPE",
-        help=f"any of {' '.join(TYPES)}",
-    )
-    parser.add_argument("--name", help="of the files (default: qmd-query-expansion-BASE)")
-    parser.add_argument("--verify", action=argparse.BooleanOptionalAction, default=True)
-    return parser.parse_args()
+def write_gguf_files(chain, arguments: argparse.Namespace, name: str) -> list[Path]:
+    """One GGUF file a type, each checked before it takes its name."""
+    import gguf_file
+    from checkpoint import atomic_write
+    from model import load_tokenizer, model_config
+    from vocabulary import check_vocabulary, read_vocabulary
+    from weights import FusedWeights
+
+    config = model_config(chain.path)
+    vocabulary = read_vocabulary(chain.path, config["vocab_size"])
+    if arguments.verify:
+        tokenizer = load_tokenizer(chain.path)
+        check_vocabulary(vocabulary, lambda text: tokenizer.encode(text, add_special_tokens=False))
+
+    def write(path: Path, kind: str, temporary: Path) -> None:
+        # Read anew for each type: what has been read leaves memory.
+        weights = FusedWeights(chain)
+        file = gguf_file.plan(config, vocabulary, name, kind, weights.shapes)
+        free = shutil.disk_usage(temporary.parent).free
+        if file.nbytes > free:
+            raise OSError(f"{file.nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
+        samples = file.write(temporary, weights, cli.Progress(path.name, len(file.tensors)))
+        if arguments.verify:
+            try:
+                file.check(temporary, samples)
+            except ValueError as error:
+                raise ValueError(f"{path} was written wrong and is dropped: {error}") from None
+
+    paths = []
+    for kind in arguments.quantize:
+        path = arguments.output / f"{name}-{kind}.gguf"
+        started = time.monotonic()
+        try:
+            atomic_write(path, partial(write, path, kind))
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+        took = cli.duration(time.monotonic() - started)
+        print(f"{path}: {path.stat().st_size / 1e9:.2f} GB, {took}")
+        paths.append(path)
+    return paths
 
 
-def trained_model() -> str:
-    for folder in TRAINED:
-        if (folder / "adapter_config.json").is_file():
-            return str(folder)
-    raise ValueError("no model yet: run python train.py sft first, or name one with --model")
+def run_ollama(name: str, path: Path) -> None:
+    """Raises OSError when `ollama create` fails, after its own output."""
+    command = ["ollama", "create", name, "-f", str(path)]
+    print(shlex.join(command), flush=True)
+    if code := subprocess.run(command, check=False).returncode:
+        raise OSError(f"ollama create failed with exit code {code}; is `ollama serve` running?")
+
+
+def show_next(name: str, gguf: Path, path: Path) -> None:
+    query = user_message("auth config")
+    print(f"""
+Ollama:
+  {shlex.join(["ollama", "create", name, "-f", str(path)])}
+  {shlex.join(["ollama", "run", name, query])}
+
+QMD, in ~/.config/qmd/index.yml:
+  models:
+    generate: {json.dumps(str(gguf.resolve()))}""")
 
 
 def main() -> None:
     arguments = parse_arguments()
+    check(arguments)
+    # What is half-written goes on the way out.
+    signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     import mlx.core as mx
 
-    from checkpoint import atomic_write, write_text
-    import gguf_file
-    from model import model_config, read_chain
-    from vocabulary import read_vocabulary
-    from weights import FusedWeights
+    from checkpoint import write_text
+    from model import read_chain
 
+    mx.set_cache_limit(0)  # freed tensors go back to the system
     chain = read_chain(arguments.model or trained_model())
-    config = model_config(chain.path)
-    vocabulary = read_vocabulary(chain.path, config["vocab_size"])
-    base = re.sub(r"[^a-z0-9._-]+", "-", Path(chain.base).name.lower()).strip("-.")
-    name = arguments.name or f"qmd-query-expansion-{base}"
-    for kind in arguments.quantize:
-        path = arguments.output / f"{name}-{kind}.gguf"
-        started = time.monotonic()
-        weights = FusedWeights(chain)
-        file_type = gguf_file.FILE_TYPES[kind]
-        keys = gguf_file.metadata(config, vocabulary, name, file_type)
-        tensors = gguf_file.plan(config, weights.shapes, file_type)
+    print(" + ".join([chain.base, *map(str, chain.adapters)]))
+    if arguments.mlx or arguments.peft:
+        from formats import write_mlx, write_peft
 
-        def write(temporary: Path) -> None:
-            progress = cli.Progress(path.name, len(tensors))
-            samples = gguf_file.write(
-                temporary, config["model_type"], keys, tensors, weights, progress
-            )
-            if arguments.verify:
-                gguf_file.check(temporary, config["model_type"], keys, tensors, samples)
-
-        atomic_write(path, write)
-        print(
-            f"{path}: {path.stat().st_size / 1e6:.0f} MB, {cli.duration(time.monotonic() - started)}"
-        )
-    first = f"{name}-{arguments.quantize[0]}.gguf"
-    write_text(arguments.output / "Modelfile", modelfile(first))
-    print(f"ollama create {name} -f {arguments.output / 'Modelfile'}")
+        if arguments.mlx:
+            write_mlx(chain, arguments.mlx)
+            print(f"{arguments.mlx}: the fused model for mlx_lm and transformers")
+        if arguments.peft:
+            rank = write_peft(chain, arguments.peft)
+            print(f"{arguments.peft}: a PEFT adapter of rank {rank} over {chain.base}")
+    if not arguments.quantize:
+        return
+    name = (arguments.name or default_name(chain.base)).lower()
+    paths = write_gguf_files(chain, arguments, name)
+    path = arguments.output / "Modelfile"
+    write_text(path, modelfile(paths[0].name))
+    if arguments.ollama:
+        run_ollama(arguments.ollama, path)
+    show_next(arguments.ollama or name, paths[0], path)
 
 
 if __name__ == "__main__":

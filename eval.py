@@ -12,27 +12,28 @@ retrieval is not run; what is counted is which lines QMD would keep.
 
 import argparse
 import os
-import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import cli
 
 ROOT = Path(__file__).parent
 GREEDY_MAX_TOKENS = 200
-# Queries also decoded one at a time, to time an answer as a user waits for it.
-TIMED_ALONE = 3
 
 Queries = list[tuple[str, str | None]]  # (query, category)
 
 
-def count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
-    return value
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that takes whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
+        return int(text)
+
+    return number
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,22 +44,15 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("positional_model", metavar="MODEL", nargs="?", help="the same as --model")
     add("--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)")
-    add(
-        "--queries", type=Path, metavar="FILE", help="one query a line (default: evals/queries.txt)"
-    )
+    add("--queries", type=Path, metavar="FILE", help="one a line (default: evals/queries.txt)")
     add("--query", metavar="TEXT", help="answer this one query")
-    add("--max-queries", type=count, metavar="N", help="stop after the first N")
-    add("--max-new-tokens", type=count, metavar="N", help="default: 200, with --decode qmd 600")
-    add("--batch-size", type=count, metavar="N", default=32, help="rows at once (default: 32)")
-    add(
-        "--decode",
-        choices=("greedy", "qmd"),
-        default="greedy",
-        help="qmd: its sampling and grammar",
-    )
+    add("--max-queries", type=whole(1), metavar="N", help="stop after the first N")
+    add("--max-new-tokens", type=whole(1), metavar="N", help="default: 200, with --decode qmd 600")
+    add("--batch-size", type=whole(1), metavar="N", default=32, help="rows at once (default: 32)")
+    add("--decode", choices=("greedy", "qmd"), default="greedy", help="qmd: sampled as QMD does")
     add("--qmd-system-prompt", action="store_true", help="with the system turn that QMD may send")
-    add("--samples", type=count, metavar="N", default=1, help="texts a query, with --decode qmd")
-    add("--seed", type=int, default=42, help="of sampling and of the intervals (default: 42)")
+    add("--samples", type=whole(1), metavar="N", default=1, help="texts a query, with --decode qmd")
+    add("--seed", type=whole(0), default=42, help="of sampling and of the intervals (default: 42)")
     add("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
     add("-v", "--verbose", action="store_true", help="show every expansion and its deductions")
     add("--golden", type=Path, metavar="FILE", help="JSON Lines of reference expansions to match")
@@ -106,16 +100,18 @@ def read_queries(path: Path) -> Queries:
     return list(queries.items())
 
 
-def read_outputs(path: Path) -> Iterator[tuple[str, str | None, str]]:
-    """(query, category, text) of each row of a JSON Lines file of outputs.
+def score_outputs(path: Path) -> list[dict]:
+    """Results of the texts in a JSON Lines file; rows of one query are its samples.
 
     Raises:
-        ValueError: the first broken row, as "path:line: reason".
+        ValueError: no row, or the first broken one as "path:line: reason".
     """
     from dataset.schema import file_rows
     from prompt import render_lines
+    from report import measure, result_of
 
-    empty = True
+    samples: dict[str, list[dict]] = {}
+    categories: dict[str, str | None] = {}
     for place, row in file_rows(path):
         if isinstance(row, ValueError):
             raise ValueError(f"{place}: {row}")
@@ -126,10 +122,11 @@ def read_outputs(path: Path) -> Iterator[tuple[str, str | None, str]]:
         if not isinstance(query, str) or not query.strip() or not isinstance(text, str):
             raise ValueError(f'{place}: expected {{"query": text, "expansion": text}}')
         category = fields.get("category")
-        yield query.strip(), category if isinstance(category, str) else None, text
-        empty = False
-    if empty:
+        categories.setdefault(query.strip(), category if isinstance(category, str) else None)
+        samples.setdefault(query.strip(), []).append(measure(query.strip(), text))
+    if not samples:
         raise ValueError(f"--score-only {path}: there are no rows in it")
+    return [result_of(query, categories[query], samples[query]) for query in samples]
 
 
 def read_golden(path: Path) -> dict:
@@ -181,60 +178,72 @@ def decode_settings(args: argparse.Namespace) -> dict:
     return settings
 
 
+def encode_prompts(queries: Queries, tokenizer, config: dict, settings: dict) -> list[list[int]]:
+    """The token ids of every prompt.
+
+    Raises:
+        ValueError: one is too long for the model's context.
+    """
+    from prompt import render_prompt
+    from qmd import QMD_SYSTEM_PROMPT
+
+    system = QMD_SYSTEM_PROMPT if settings["qmd_system_prompt"] else None
+    context, limit = config.get("max_position_embeddings"), settings["max_new_tokens"]
+    prompts = []
+    for query, _ in queries:
+        ids = tokenizer.encode(render_prompt(query, system), add_special_tokens=False)
+        if context and len(ids) + limit > context:
+            raise ValueError(
+                f"query {query[:40]!r} of {len(query)} characters: its prompt of {len(ids)} tokens "
+                f"and {limit} new ones exceed the model's context of {context}"
+            )
+        prompts.append(ids)
+    return prompts
+
+
 def expand(chain, queries: Queries, settings: dict, batch_size: int, seed: int):
     """Decode every query: (results, speed)."""
     import model as models
-    from decode import Sampler, generate
-    from prompt import render_prompt
-    from qmd import QMD_SYSTEM_PROMPT
+    from decode import Sampler, generate, length_groups
     from report import measure, result_of
 
     model, tokenizer = models.load_chain(chain, fuse_last=True)
     end, config = models.end_token(tokenizer), models.model_config(chain.path)
-    system = QMD_SYSTEM_PROMPT if settings["qmd_system_prompt"] else None
-    prompts = [
-        tokenizer.encode(render_prompt(query, system), add_special_tokens=False)
-        for query, _ in queries
-    ]
-    limit, samples = settings["max_new_tokens"], settings["samples"]
-    longest = max(range(len(prompts)), key=lambda i: len(prompts[i]))
-    if len(prompts[longest]) + limit > config.get("max_position_embeddings", 1 << 30):
-        raise ValueError(
-            f"query {queries[longest][0][:40]!r}...: its prompt of {len(prompts[longest])} tokens and "
-            f"{limit} new ones exceed the model's context of {config['max_position_embeddings']}"
-        )
+    prompts = encode_prompts(queries, tokenizer, config, settings)
     if settings["mode"] == "qmd":
         from grammar import QmdSampler, random_keys, token_table
 
         grammar = token_table(tokenizer, config["vocab_size"], end)
 
     def decode(chosen: Sequence[int], samples: int, progress=None):
+        """(completions of these queries, seconds)"""
+        sampler = Sampler()
         if settings["mode"] == "qmd":
             names = [f"{queries[i][0]}\n{sample}" for i in chosen for sample in range(samples)]
             sampler = QmdSampler(grammar, random_keys(names, seed))
-        else:
-            sampler = Sampler()
-        return generate(
+        start = time.monotonic()
+        completions = generate(
             model,
             [prompts[i] for i in chosen],
-            max_tokens=limit,
+            max_tokens=settings["max_new_tokens"],
             end=end,
             samples=samples,
             sampler=sampler,
             batch_size=batch_size,
             progress=progress,
         )
+        return completions, time.monotonic() - start
 
-    # Prompts of like length stand together: a batch is as wide as its longest one.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    start = time.monotonic()
-    decoded = decode(order, samples, cli.Progress("expanded", len(order) * samples))
-    seconds = time.monotonic() - start
-    alone = [] if len(decoded) > 1 else [seconds]
-    for index in range(min(TIMED_ALONE, len(queries)) if len(decoded) > 1 else 0):
-        start = time.monotonic()
-        decode([index], 1)
-        alone.append(time.monotonic() - start)
+    samples = settings["samples"]
+    show = cli.Progress("expanded", len(queries) * samples)
+    order, decoded, seconds = [], [], 0.0
+    for group in length_groups(list(map(len, prompts))):
+        completions, spent = decode(group, samples, lambda n: show(len(decoded) + n))
+        order.extend(group)
+        decoded.extend(completions)
+        seconds += spent
+    # The batch's seconds say nothing about how long a user waits for one query.
+    (alone, *_), seconds_alone = decode([0], 1) if len(decoded) > 1 else (decoded, seconds)
 
     results = {}
     for place, index in enumerate(order):
@@ -249,7 +258,7 @@ def expand(chain, queries: Queries, settings: dict, batch_size: int, seed: int):
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "batch_size": batch_size,
-        "seconds_alone": statistics.median(alone),
+        "alone": {"tokens": len(alone.tokens), "seconds": seconds_alone},
     }
     return [results[index] for index in range(len(queries))], speed
 
@@ -272,32 +281,21 @@ def find_leaks(chain, results: list[dict]) -> dict:
 
 
 def describe(chain) -> dict:
-    """What the results file says of the model; a base from the Hub is known by its revision."""
-    from checkpoint import digest
-
-    weights = (
-        {} if chain.revision else {x.name: digest(x) for x in chain.path.glob("*.safetensors")}
-    )
     return {
         "name": chain.name,
         "base": chain.base,
         "revision": chain.revision,
         "quantize_bits": chain.bits,
-        "weights_sha256": weights,
         "adapters_sha256": chain.hashes(),
     }
 
 
-def score_outputs(path: Path) -> list[dict]:
-    """Results of texts made elsewhere; rows of one query are its samples."""
-    from report import measure, result_of
+def weight_hashes(chain) -> dict[str, str]:
+    """SHA-256 of a local base's weight files; a base from the Hub is known by its revision."""
+    from checkpoint import digest
 
-    samples: dict[str, list[dict]] = {}
-    categories: dict[str, str | None] = {}
-    for query, category, text in read_outputs(path):
-        categories.setdefault(query, category)
-        samples.setdefault(query, []).append(measure(query, text))
-    return [result_of(query, categories[query], samples[query]) for query in samples]
+    files = [] if chain.revision else sorted(chain.path.glob("*.safetensors"))
+    return {path.name: digest(path) for path in files}
 
 
 def check_output(path: Path) -> None:
@@ -307,78 +305,77 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output {path}: not a file that can be written")
 
 
+def print_results(args: argparse.Namespace, record: dict) -> None:
+    import report
+
+    if args.verbose or args.query is not None:
+        for result in record["results"]:
+            for sample in result["samples"]:
+                print(report.format_sample(result["query"], sample))
+    if model := record["model"]:
+        print(f"{model['name']}: {' + '.join([model['base'], *model['adapters_sha256']])}")
+    print("decoding " + "  ".join(f"{name} {value}" for name, value in record["decode"].items()))
+    format_figures = report.format_leaks if args.query is not None else report.format_summary
+    print(format_figures(record["summary"], record["leaks"]))
+    if speed := record["speed"]:
+        alone = speed["alone"]
+        print(
+            f"\nspeed    {speed['tokens_per_second']:.0f} tokens/s: {speed['tokens']} in "
+            f"{speed['seconds']:.1f} s, up to {speed['batch_size']} rows at once; the first query "
+            f"alone: {alone['tokens']} in {alone['seconds']:.1f} s"
+        )
+    if record["golden"]:
+        print(f"\n{report.format_golden(record['golden'])}")
+
+
 def evaluate(args: argparse.Namespace) -> int:
+    from comparison import SCHEMA
     from dataset.schema import normal_query
-    from report import (
-        compare_golden,
-        format_golden,
-        format_leaks,
-        format_sample,
-        format_summary,
-        summarize,
-    )
+    from report import compare_golden, summarize
 
     if args.output:
         check_output(args.output)
     golden = read_golden(args.golden) if args.golden else {}
-    chain, speed = None, None
+    chain, settings, speed = None, {"mode": "score-only"}, None
     if args.score_only:
-        settings = {"mode": "score-only"}
         results = score_outputs(args.score_only)[: args.max_queries]
+        queries = [(result["query"], None) for result in results]
     else:
+        queries = choose_queries(args, golden)
+    wanted = {query: golden.get(normal_query(query)) for query, _ in queries}
+    if args.golden and not any(wanted.values()):
+        raise ValueError(f"--golden {args.golden}: none of the evaluated queries is in it")
+    if not args.score_only:
         import model as models
 
-        queries = choose_queries(args, golden)
         chain, settings = models.read_chain(args.model or default_model()), decode_settings(args)
         results, speed = expand(chain, queries, settings, args.batch_size, args.seed)
 
     leaks = find_leaks(chain, results)
-    summary = summarize(results, args.seed)
-    in_golden = [result for result in results if normal_query(result["query"]) in golden]
-    matched = None
-    if args.golden:
-        if not in_golden:
-            raise ValueError(f"--golden {args.golden}: none of the evaluated queries is in it")
-        matched = compare_golden(
-            in_golden, [golden[normal_query(r["query"])].lines for r in in_golden]
-        )
-
-    if args.verbose or args.query is not None:
-        for result in results:
-            for sample in result["samples"]:
-                print(format_sample(result["query"], sample))
-    if chain:
-        print(f"{chain.name}: {' + '.join([chain.base, *map(str, chain.adapters)])}")
-    print("decoding " + "  ".join(f"{name} {value}" for name, value in settings.items()))
-    print(format_leaks(summary, leaks) if args.query else format_summary(summary, leaks))
-    if speed:
-        print(
-            f"\nspeed    {speed['tokens_per_second']:.0f} tokens/s: {speed['tokens']} in "
-            f"{speed['seconds']:.1f} s, up to {speed['batch_size']} rows at once; "
-            f"{speed['seconds_alone']:.2f} s for a query alone"
-        )
-    if matched:
-        print(f"\n{format_golden(matched)}")
+    matched = [result for result in results if wanted[result["query"]]]
+    references = [wanted[result["query"]].lines for result in matched]
+    record = {
+        "schema": SCHEMA,
+        "model": describe(chain) if chain else None,
+        "decode": settings,
+        "seed": args.seed,
+        "summary": summarize(results, args.seed),
+        "leaks": leaks,
+        "golden": compare_golden(matched, references) if matched else None,
+        "speed": speed,
+        "results": results,
+    }
+    print_results(args, record)
     if args.output:
         from checkpoint import write_json
-        from comparison import SCHEMA
 
-        record = {
-            "schema": SCHEMA,
-            "model": describe(chain) if chain else None,
-            "decode": settings,
-            "seed": args.seed,
-            "summary": summary,
-            "leaks": leaks,
-            "golden": matched,
-            "speed": speed,
-            "results": results,
-        }
+        if chain:
+            record["model"]["weights_sha256"] = weight_hashes(chain)
         write_json(args.output, record)
         print(f"\n{args.output}: results of {len(results)} queries")
-    if args.fail_under is not None and summary["average"] < args.fail_under:
-        average = f"average {summary['average']:.1f} %"
-        print(f"{average} is under --fail-under {args.fail_under:g}", file=sys.stderr)
+    average = record["summary"]["average"]
+    if args.fail_under is not None and average < args.fail_under:
+        print(f"average {average:.1f} % is under --fail-under {args.fail_under:g}", file=sys.stderr)
         return 1
     return 0
 

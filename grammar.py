@@ -8,6 +8,7 @@ bytes it gives a table of the state that each token leads to. Characters are UTF
 character may be split between tokens, but nothing may follow half of one.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from prompt import TYPES
 from qmd import SAMPLING, Sampling
 
 FORBIDDEN = -1
+BLOCK = 64
 START = 0
 
 
@@ -115,6 +117,24 @@ def token_table(tokenizer, width: int, end: int) -> np.ndarray:
     return table
 
 
+def best_tokens(logits: mx.array, count: int) -> mx.array:
+    """The indices of the `count` largest logits of each row, in no order: (B, V) → (B, count).
+
+    The largest are in the `count` blocks with the largest maxima; to look only there takes a tenth
+    of the time that partitioning a whole vocabulary takes.
+    """
+    rows, width = logits.shape
+    blocks = -(-width // BLOCK)
+    if missing := blocks * BLOCK - width:
+        logits = mx.pad(logits, ((0, 0), (0, missing)), constant_values=-mx.inf)
+    logits = logits.reshape(rows, blocks, BLOCK)
+    taken = min(count, blocks)
+    where = mx.argpartition(-logits.max(axis=-1), taken - 1, axis=-1)[:, :taken]
+    found = mx.take_along_axis(logits, where[:, :, None], axis=1).reshape(rows, taken * BLOCK)
+    best = mx.argpartition(-found, count - 1, axis=-1)[:, :count]
+    return mx.take_along_axis(where, best // BLOCK, axis=-1) * BLOCK + best % BLOCK
+
+
 class QmdSampler(Sampler):
     """Sampling under the grammar as node-llama-cpp 3.20.0 does it for QMD.
 
@@ -155,8 +175,7 @@ class QmdSampler(Sampler):
 
     def draw(self, logits: mx.array, keys: mx.array) -> mx.array:
         """logits (B, V) and keys (B, 2) → tokens (B,)."""
-        best = mx.argpartition(-logits, self.sampling.top_k - 1, axis=-1)
-        best = best[:, : self.sampling.top_k]
+        best = best_tokens(logits, self.sampling.top_k)
         values = mx.take_along_axis(logits, best, axis=-1)  # (B, K)
         order = mx.argsort(-values, axis=-1)
         best = mx.take_along_axis(best, order, axis=-1)
@@ -173,7 +192,5 @@ class QmdSampler(Sampler):
 
 def random_keys(names: Sequence[str], seed: int) -> np.ndarray:
     """A key for every sequence, from the seed and the sequence's own name alone: (N, 2) uint32."""
-    import hashlib
-
     digests = [hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8] for name in names]
     return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)

@@ -9,7 +9,7 @@ Copyright (c) 2023-2026 The ggml authors). The code is this project's own, vecto
 
 Equal bytes need equal rounding. Arrays are (position, group), so that numpy's sum over axis 0 adds
 row after row in float32, as a C loop does. Products are grouped as in ggml: (w·L)·L is not w·(L·L).
-A C compiler that fuses multiplications and additions (not the default on x86-64) rounds otherwise.
+A ggml compiled with fused multiply-adds (not its default on x86-64) rounds otherwise.
 """
 
 import os

@@ -10,13 +10,14 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from checkpoint import digest, save_arrays, write_json
+from checkpoint import atomic_write, digest, save_arrays, write_json
 from dataset.schema import QUERY_DIGESTS
 from prompt import IM_END
 
@@ -135,6 +136,8 @@ def model_config(path: Path) -> dict:
 def load_tokenizer(path: Path):
     from mlx_lm.utils import load_tokenizer as load
 
+    if not (path / "tokenizer.json").is_file():  # transformers would make up an empty one
+        raise ModelError(f"{path}: no usable tokenizer: there is no tokenizer.json")
     try:
         return load(path)
     except (OSError, ValueError) as error:
@@ -153,8 +156,11 @@ def end_token(tokenizer) -> int:
     return ids[0]
 
 
-def load_base(path: Path, bits: int | None = None) -> nn.Module:
-    """A base model in the device's dtype, its weights frozen; quantised to `bits` when given."""
+def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Module:
+    """A base model in the device's dtype, its weights frozen; quantised to `bits` when given.
+
+    With `lazy` no weight is read until it is used.
+    """
     from mlx_lm.utils import load_model
 
     model_config(path)
@@ -173,7 +179,8 @@ def load_base(path: Path, bits: int | None = None) -> nn.Module:
             ),
         )
     model.freeze()
-    mx.eval(model.parameters())
+    if not lazy:
+        mx.eval(model.parameters())
     return model
 
 
@@ -239,10 +246,9 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}: not a usable adapter: {error}") from None
     needed = adapter_weights(model)
-    wrong = sorted(weights.keys() ^ needed.keys())
-    wrong += [
-        name for name in weights.keys() & needed.keys() if weights[name].shape != needed[name].shape
-    ]
+    both = weights.keys() & needed.keys()
+    reshaped = {name for name in both if weights[name].shape != needed[name].shape}
+    wrong = sorted((weights.keys() ^ needed.keys()) | reshaped)
     if wrong:
         raise ModelError(
             f"{folder}: {len(wrong)} adapter tensors do not fit this base model, first {wrong[0]}; "
@@ -269,9 +275,10 @@ def copy_adapters(chain: Chain, folder: Path) -> None:
         config = _read_json(source / ADAPTER_CONFIG)
         if config.get("parent"):
             config["parent"] = "sft"
-        save_adapter(folder, mx.load(str(source / ADAPTER_FILE)), config)
-        if (source / QUERY_DIGESTS).is_file():
-            shutil.copyfile(source / QUERY_DIGESTS, folder / QUERY_DIGESTS)
+        for name in (ADAPTER_FILE, QUERY_DIGESTS):
+            if (source / name).is_file():
+                atomic_write(folder / name, partial(shutil.copyfile, source / name))
+        write_json(folder / ADAPTER_CONFIG, config)
         folder = folder / "sft"
 
 

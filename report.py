@@ -27,6 +27,7 @@ RATING_NAMES = (*(name for _, name in RATINGS), "Failed")
 LINE_TYPES = (*TYPES, "invalid")
 FLAGS = ("valid", "truncated", "echoing", "empty", "wrong_language")
 RESAMPLES, CONFIDENCE = 10_000, 95
+LEAKS_SHOWN = 20
 LINE_PREFIX = re.compile(rf"^\s*(?:{'|'.join(TYPES)})\s*:", re.MULTILINE)
 WORD = re.compile(r"\w+")
 # Scripts that are written together count as one.
@@ -46,12 +47,13 @@ def script_counts(text: str) -> Counter[str]:
 
 
 def in_wrong_language(query: str, text: str) -> bool:
-    """Whether under a quarter of the lines' letters are in the query's most frequent script.
+    """Whether under a quarter of the lines' letters are in the query's script.
 
-    It sees an English answer to a Russian query, and lets foreign names in a line through. It
-    cannot tell German from English.
+    That script is the most frequent one other than Latin when it has a quarter of the query's
+    letters, because technical names are Latin everywhere. So an English answer to a Russian query
+    is seen, and names in a line do no harm; German is not told from English.
 
-    >>> in_wrong_language("рецепт борща", "lex: borscht recipe")
+    >>> in_wrong_language("настройка postgresql", "lex: postgresql settings")
     True
     >>> in_wrong_language("настройка postgresql", "lex: postgresql параметры")
     False
@@ -60,7 +62,14 @@ def in_wrong_language(query: str, text: str) -> bool:
     found = script_counts(LINE_PREFIX.sub("", text))
     if not asked or not found:
         return False
-    return found[asked.most_common(1)[0][0]] < found.total() / 4
+    script, letters = max(
+        ((name, n) for name, n in asked.items() if name != "LATIN"),
+        key=lambda entry: entry[1],
+        default=("LATIN", asked.total()),
+    )
+    if letters < asked.total() / 4:
+        script = "LATIN"
+    return found[script] < found.total() / 4
 
 
 def measure(query: str, text: str, truncated: bool = False) -> dict:
@@ -229,18 +238,18 @@ def format_average(figures: dict) -> str:
 
 
 def format_sample(query: str, sample: dict) -> str:
-    """One output with its score and every deduction."""
-    score, lines = sample["score"], sum(sample["lines"].values())
+    """One output: its points, each line with what QMD does with it, every deduction."""
+    score = sample["score"]
     points = "  ".join(f"{part} {score[part]}" for part in PARTS)
+    cut_off = "; cut off at the token limit" if sample["truncated"] else ""
     out = [
-        f"{printable(query)}",
-        f"  {score['percentage']:.1f} % {score['rating']}  ({score['total']} of "
-        f"{score['max_possible']}: {points})",
-        f"  QMD keeps {sample['kept']} of {lines} lines"
-        + ("; cut off at the token limit" if sample["truncated"] else ""),
+        printable(query),
+        f"  {score['percentage']:.1f} % {score['rating']}{cut_off}",
+        f"  {score['total']} of {score['max_possible']} points: {points}",
     ]
-    out += [f"    {line}" for line in printable(sample["text"]).split("\n") if line.strip()]
-    out += [f"  - {printable(fault)}" for fault in score["deductions"]]
+    for line in filter(str.strip, sample["text"].split("\n")):
+        out.append(f"  {'keeps' if kept_lines(query, line) else 'drops'}  {printable(line)}")
+    out += [f"  -      {printable(fault)}" for fault in score["deductions"]]
     return "\n".join(out) + "\n"
 
 
@@ -249,7 +258,9 @@ def format_leaks(summary: dict, leaks: dict) -> str:
     out = []
     if leaks["queries"]:
         out.append(f"LEAK     {len(leaks['queries'])} of these queries were trained on:")
-        out += [f"           {printable(query)}" for query in leaks["queries"]]
+        out += [f"           {printable(query)}" for query in leaks["queries"][:LEAKS_SHOWN]]
+        if len(leaks["queries"]) > LEAKS_SHOWN:
+            out.append("           and so on: the results file has them all")
         if summary["unseen"]:
             out.append(f"         without them {format_average(summary['unseen'])}")
     elif leaks["checked"]:

@@ -72,10 +72,16 @@ def set_rewards(rollouts: Sequence[Rollout], settings: Grpo) -> None:
         r.reward = base - sum(weights[name] * amount for name, amount in r.penalties.items())
 
 
-def micro_batches(rollouts: Sequence[Rollout], size: int) -> list[list[Rollout]]:
-    """Batches of at most `size` rollouts of like length, so that little is padding."""
-    ordered = sorted(rollouts, key=lambda r: len(r.tokens))
-    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
+def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
+    """Batches of rollouts of like length, each of at most `tokens` with its padding (or one row)."""
+    batches: list[list[Rollout]] = []
+    for rollout in sorted(rollouts, key=lambda r: len(r.tokens)):
+        # Sorted: this row is the longest so far and sets the width.
+        if batches and (len(batches[-1]) + 1) * len(rollout.tokens) <= tokens:
+            batches[-1].append(rollout)
+        else:
+            batches.append([rollout])
+    return batches
 
 
 def remember_logps(

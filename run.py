@@ -76,7 +76,7 @@ def check_output(config: Config) -> None:
     Raises:
         OSError: it cannot be made, or nothing can be written in it.
     """
-    folder = Path(config.model.output)
+    folder = Path(config.model.output).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -94,7 +94,8 @@ class Run:
     """
 
     def __init__(self, config: Config, stage: str, total: int, resume: bool, overwrite: bool):
-        self.folder = Path(config.model.output)
+        self.folder = Path(config.model.output).expanduser()
+        self.resume, self.overwrite = resume, overwrite
         self.stage, self.total, self.training = stage, total, config.training
         self.config_text = to_yaml(config)
         self.checkpoints = Checkpoints(
@@ -109,30 +110,40 @@ class Run:
         self.first_length: float | None = None
         self.warned: set[str] = set()
         self.start = self.last_save = time.monotonic()
-        self._claim(resume, overwrite)
+        self._check()
         mx.set_cache_limit(CACHE_LIMIT_BYTES)
         mx.reset_peak_memory()
 
-    def _claim(self, resume: bool, overwrite: bool) -> None:
+    @property
+    def _started(self) -> Path:
+        """The configuration that an unfinished run was started with."""
+        return self.folder / "checkpoints" / "config.yaml"
+
+    def _check(self) -> None:
+        """Refuse what would lose or mix up an unfinished run; nothing is changed yet."""
         unfinished = self.checkpoints.steps()
-        if unfinished and not resume and not overwrite:
+        if unfinished and not self.resume and not self.overwrite:
             raise ValueError(
                 f"{self.folder} holds an unfinished run at step {unfinished[0]}: go on with "
                 "--resume, or start over with --overwrite"
             )
-        if resume and not unfinished:
+        if not self.resume:
+            return
+        if not unfinished:
             raise ValueError(f"--resume: {self.folder} holds no unfinished run")
-        if overwrite:
-            self.checkpoints.clear()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        started = self.folder / "checkpoints" / "config.yaml"
-        if resume and started.is_file() and started.read_text(encoding="utf-8") != self.config_text:
+        started = self._started
+        if started.is_file() and started.read_text(encoding="utf-8") != self.config_text:
             raise ValueError(
                 f"--resume: the configuration differs from the one {self.folder} was started with "
                 f"({started}); run with that one, or start over with --overwrite"
             )
-        write_text(started, self.config_text)
-        if not resume:
+
+    def _claim(self) -> None:
+        """From here on the folder is this run's: everything it needs has been loaded."""
+        if self.overwrite:
+            self.checkpoints.clear()
+        write_text(self._started, self.config_text)
+        if not self.resume:
             for name in (METRICS, SAMPLES):
                 (self.folder / name).unlink(missing_ok=True)
 
@@ -146,7 +157,9 @@ class Run:
             return
         model.load_weights(list(found.arrays["adapters"].items()), strict=False)
         optimizer.state = tree_unflatten(list(found.arrays["optimizer"].items()))
-        mx.random.state[0] = found.arrays["random"]["state"]
+        # The state cannot be assigned; it is the seed's two halves.
+        high, low = found.arrays["random"]["state"].tolist()
+        mx.random.seed(high << 32 | low)
         self.step = self.first_step = found.step
         self.best = found.arrays.get("best")
         state = found.state
@@ -272,6 +285,8 @@ class Run:
     # ---------------------------------------------------------------- ends
 
     def __enter__(self):
+        self._claim()
+
         def remember(signum, frame):
             self.signum = signum
             signal.signal(signum, self.handlers[signum])  # a second one acts at once

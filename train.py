@@ -33,8 +33,9 @@ def parse_arguments() -> argparse.Namespace:
         help="override one key, e.g. training.epochs=2; may be repeated",
     )
     parser.add_argument("--dry-run", action="store_true", help="show what would be done, then stop")
-    parser.add_argument("--resume", action="store_true", help="go on with an unfinished run")
-    parser.add_argument(
+    unfinished = parser.add_mutually_exclusive_group()
+    unfinished.add_argument("--resume", action="store_true", help="go on with an unfinished run")
+    unfinished.add_argument(
         "--overwrite", action="store_true", help="drop an unfinished run's checkpoints"
     )
     return parser.parse_args()
@@ -58,7 +59,7 @@ def read_rows(config: Config):
 
 def dry_run(stage: str, config: Config) -> None:
     """Print the resolved configuration and what would be loaded; load no model, ask no Hub."""
-    from dataset.schema import local_files
+    from dataset.schema import local_files, looks_local
 
     print(to_yaml(config).rstrip())
     base, data = config.model.base, config.dataset.name
@@ -66,7 +67,7 @@ def dry_run(stage: str, config: Config) -> None:
         print(f"# start: {sft_folder(config)} (fused), fresh LoRA over it")
     else:
         print(f"# base: {base} ({'local folder' if Path(base).expanduser().is_dir() else 'Hub'})")
-    if local_files(data):
+    if local_files(data) or looks_local(data):
         print(f"# data: {data}: {read_rows(config).summary()}")
     else:
         print(f"# data: {data} (Hub)")
@@ -292,6 +293,8 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     tokenizer = models.load_tokenizer(chain.path)
     end = models.end_token(tokenizer)
     prompts = encode_prompts(data.train, config, tokenizer)
+    if not prompts:
+        raise ValueError(f"dataset.name {config.dataset.name}: no row is left to train on")
     held = encode_prompts(data.validation[: settings.eval_prompts], config, tokenizer)
     steps_per_epoch = -(-len(prompts) // per_step)
     total = total_steps(training, steps_per_epoch)
@@ -377,7 +380,8 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
                 rollout.advantage = advantage
             # Without a KL term, a completion as good as its group has no gradient.
             useful = [r for r in rollouts if settings.beta or r.advantage]
-            batches = micro_batches(useful, training.batch_size)
+            # Memory is paid for batch_size rows of full length: of shorter ones, more fit.
+            batches = micro_batches(useful, training.batch_size * settings.max_completion_length)
             # 4. The reference is the same model with the adapter out.
             if settings.beta:
                 with models.adapters_off(model):

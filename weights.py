@@ -13,15 +13,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from model import (
-    QUANT_GROUP,
     Chain,
     ModelError,
     adapter_weights,
     adapters_off,
-    compute_dtype,
     fused_weight,
     load_adapter,
-    model_config,
+    load_base,
 )
 
 PIECE = 8 << 20  # values a piece of a tensor: 32 MB in float32
@@ -33,28 +31,6 @@ class Lora(NamedTuple):
     a: mx.array
     b: mx.array
     scale: float
-
-
-def load_lazily(chain: Chain) -> nn.Module:
-    """The base as `model.load_base` gives it, with no weight read yet."""
-    from mlx_lm.utils import load_model
-
-    model_config(chain.path)
-    try:
-        model, _ = load_model(chain.path, lazy=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{chain.path}: cannot be loaded: {str(error).splitlines()[0]}") from None
-    model.set_dtype(compute_dtype())
-    if chain.bits:
-        nn.quantize(
-            model,
-            QUANT_GROUP,
-            chain.bits,
-            class_predicate=lambda _, module: (
-                hasattr(module, "to_quantized") and module.weight.shape[-1] % QUANT_GROUP == 0
-            ),
-        )
-    return model
 
 
 def take_adapters(model: nn.Module, chain: Chain) -> list[dict[str, Lora]]:
@@ -83,7 +59,7 @@ class FusedWeights:
     """
 
     def __init__(self, chain: Chain):
-        model = load_lazily(chain)
+        model = load_base(chain.path, chain.bits, lazy=True)
         self._adapters = take_adapters(model, chain)
         self._quantised = {name: m for name, m in model.named_modules() if "scales" in m}
         packed = {f"{name}.{part}" for name in self._quantised for part in ("scales", "biases")}
@@ -115,6 +91,10 @@ class FusedWeights:
                     piece = fused_weight(piece, a, b[:, part], scale)
                 values = np.array(piece)
             yield values
+
+    def whole(self, name: str, dtype: mx.Dtype) -> mx.array:
+        """A tensor in one piece, rounded to `dtype` once."""
+        return mx.concatenate([mx.array(piece).astype(dtype) for piece in self.read(name)])
 
 
 def _dequantised(layer: nn.Module, part: slice) -> mx.array:

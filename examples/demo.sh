@@ -34,7 +34,7 @@ step "GRPO"
 train grpo
 
 # Every third query of the evaluation set, from every category; none is in the training rows.
-awk '!/^#/ && NF && ++n % 3 == 1' evals/queries.txt >$demo/queries.txt
+awk '/^#/ { print; next } NF && ++n % 3 == 1' evals/queries.txt >$demo/queries.txt
 evaluate() { # name model
     if [ ! "$demo/$1.json" -nt "$2" ]; then
         step "evaluating $1"
@@ -50,7 +50,7 @@ step "GGUF"
 "$python" convert.py --model $demo/grpo --output $demo/gguf --name demo --quantize f16 q8_0
 
 step "results"
-"$python" examples/demo_table.py $demo/base.json $demo/SFT.json $demo/GRPO.json
+"$python" -m examples.demo_table $demo/base.json $demo/SFT.json $demo/GRPO.json
 for query in "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"; do
     printf '\n$ python eval.py --model %s --query "%s"\n' "$demo/grpo" "$query"
     "$python" eval.py --model $demo/grpo --query "$query"

@@ -124,11 +124,11 @@ def test_save_and_read_back(tmp_path):
 
 
 def test_arrays_are_held_in_memory_once_read(tmp_path):
-    """A later save may delete the folder they were read from."""
+    """MLX reads lazily, and a later save replaces the files."""
     checkpoints = Checkpoints(tmp_path, keep=1)
-    save(checkpoints, 1)
+    path = save(checkpoints, 1)
     found = checkpoints.latest(print)
-    checkpoints.clear()
+    (path / "adapters.safetensors").write_bytes(b"")
     assert found.arrays["adapters"]["a"].sum().item() == 12
 
 

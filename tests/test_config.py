@@ -131,8 +131,6 @@ def all_keys() -> set[str]:
     }
 
 
-
-
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_the_shipped_file_says_what_the_defaults_are(stage, tmp_path):
     shipped, ignored = load_config(stage)
@@ -180,8 +178,6 @@ def test_the_values_are_the_originals():
     assert grpo.lora.target_modules == ["q_proj", "v_proj"]
 
 
-
-
 @pytest.mark.parametrize(("stage", "text"), [("sft", ORIGINAL_SFT), ("grpo", ORIGINAL_GRPO)])
 def test_a_file_of_the_original_loads_unchanged(stage, text, tmp_path):
     config, ignored = load_config(stage, write(tmp_path, text))
@@ -202,8 +198,6 @@ def test_a_number_written_without_a_dot_is_a_number(tmp_path):
     assert training.learning_rate == 0.0002
     assert (training.epochs, type(training.epochs)) == (3.0, float)
     assert (training.max_steps, type(training.max_steps)) == (100, int)
-
-
 
 
 def test_all_problems_are_reported_at_once(tmp_path):
@@ -321,8 +315,6 @@ def test_a_byte_order_mark_is_no_problem(tmp_path):
     assert config.model.base == "a/b"
 
 
-
-
 def test_settings_are_typed_and_win_in_order(tmp_path):
     path = write(tmp_path, "training: {epochs: 9, batch_size: 9}\nmodel: {base: file/kept}")
     config, ignored = load_config(
@@ -357,8 +349,6 @@ def test_a_glob_that_yaml_reads_as_an_alias_is_text():
 def test_a_setting_without_key_or_value_is_refused(setting):
     with pytest.raises(ConfigError, match=r"^--set .*expected section.key=value"):
         load_config("sft", None, [setting])
-
-
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])

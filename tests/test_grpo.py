@@ -343,8 +343,9 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type):
 
     both = nn.value_and_grad(model, loss_of)
     full_loss, full = both(rollouts)
-    parts = [both(batch) for batch in micro_batches(rollouts, 2)]
-    assert len(parts) == 3
+    batches = micro_batches(rollouts, 8)  # lengths 1 1 4 4 7 7
+    assert [[len(r.tokens) for r in batch] for batch in batches] == [[1, 1], [4, 4], [7], [7]]
+    parts = [both(batch) for batch in batches]
     assert sum(p[0].item() for p in parts) == pytest.approx(full_loss.item(), abs=1e-5)
     whole = dict(tree_flatten(full))
     assert max(abs(np.array(g)).max() for g in whole.values()) > 1e-3
@@ -358,7 +359,7 @@ def test_reference_is_the_model_with_the_adapter_out(lora_model):
     rollouts = some_rollouts()
     with_adapter, _, _ = completion_logps(model, rollouts, 1.0)
     with models.adapters_off(model):
-        remember_logps(model, micro_batches(rollouts, 4), 1.0, "ref_logps")
+        remember_logps(model, micro_batches(rollouts, 14), 1.0, "ref_logps")
         expected = one_by_one(model, rollouts[2], 1.0)
     np.testing.assert_allclose(np.array(rollouts[2].ref_logps), expected, atol=2e-5)
     again, _, _ = completion_logps(model, rollouts, 1.0)

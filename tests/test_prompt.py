@@ -55,7 +55,9 @@ def test_an_intent_is_a_second_line_of_the_users_turn():
         assert user_message("apple", nothing) == user_message("apple")
 
 
-@pytest.mark.parametrize("query", ["auth config", "東京 花見", "a /only:lex", "expand: this", "C++"])
+@pytest.mark.parametrize(
+    "query", ["auth config", "東京 花見", "a /only:lex", "expand: this", "C++"]
+)
 def test_query_of_undoes_user_message(query):
     assert query_of(user_message(query)) == query
     assert query_of(f"  {user_message(query)}\n") == query

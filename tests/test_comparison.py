@@ -1,0 +1,121 @@
+"""comparison.py: the paired difference against figures worked by hand."""
+
+import json
+
+import pytest
+
+from comparison import SCHEMA, compare, format_comparison, read_results
+from report import measure
+
+GREEDY = {"mode": "greedy", "max_new_tokens": 200}
+
+
+def record(percentages: dict[str, float], trained_on: tuple[str, ...] = (), **decode) -> dict:
+    """A results file in which each query has the given score."""
+    return {
+        "schema": SCHEMA,
+        "model": {"name": "outputs/sft"},
+        "decode": GREEDY | decode,
+        "results": [
+            {
+                "query": query,
+                "category": None,
+                "trained_on": query in trained_on,
+                "percentage": percentage,
+                "samples": [measure(query, f"lex: {query} at {percentage}\n")],
+            }
+            for query, percentage in percentages.items()
+        ],
+    }
+
+
+def test_two_files_give_the_hand_worked_figures():
+    """The differences are +10, -20, +40, 0: mean +7.5, two wins, one loss, one tie."""
+    a = record({"one": 50.0, "two": 60.0, "three": 10.0, "four": 70.0, "only a": 99.0})
+    b = record({"four": 70.0, "three": 50.0, "two": 40.0, "one": 60.0})
+    result = compare(a, b, seed=0)
+    assert result["difference"] == 7.5
+    assert (result["wins"], result["losses"], result["ties"]) == (2, 1, 1)
+    assert (result["queries"], result["only_a"], result["only_b"]) == (4, 1, 0)
+    assert [(c["query"], c["difference"]) for c in result["changes"]] == [
+        ("three", 40.0),
+        ("two", -20.0),
+        ("one", 10.0),
+    ]
+    low, high = result["interval"]
+    assert -20 <= low < 7.5 < high <= 40
+    assert [s["average"] for s in result["summaries"]] == [47.5, 55.0]  # of the four in both
+    assert compare(a, b, seed=0) == result
+    back = compare(b, a, seed=0)
+    assert back["difference"] == -7.5
+    assert back["interval"] == pytest.approx([-high, -low], abs=1e-9)
+
+
+def test_equal_files_differ_by_zero():
+    a = record({"one": 50.0, "two": 60.0})
+    result = compare(a, a, seed=0)
+    assert result["difference"] == 0 and result["interval"] == [0, 0]
+    assert (result["wins"], result["losses"], result["ties"]) == (0, 0, 2)
+    assert result["changes"] == [] and result["settings"] == {}
+    text = format_comparison(("x.json", "x.json"), (a, a), result)
+    assert "no difference shown" in text and "largest changes" not in text
+    assert "warning" not in text
+
+
+def test_a_constant_gain_has_no_width():
+    a = record({str(i): float(i) for i in range(30)})
+    b = record({str(i): i + 5.0 for i in range(30)})
+    result = compare(a, b, seed=0)
+    assert result["interval"] == [5.0, 5.0] and len(result["changes"]) == 10
+    assert "B scores higher" in format_comparison(("a", "b"), (a, b), result)
+    assert "A scores higher" in format_comparison(("b", "a"), (b, a), compare(b, a, seed=0))
+
+
+def test_the_text_shows_both_and_warns():
+    a = record({"one": 50.0, "two": 10.0}, trained_on=("two",))
+    b = record({"one": 60.0, "two": 90.0}, mode="qmd", top_k=20)
+    result = compare(a, b, seed=0)
+    assert result["settings"] == {"mode": ["greedy", "qmd"], "top_k": [None, 20]}
+    text = format_comparison(("a.json", "b.json"), (a, b), result)
+    assert (
+        "warning: A and B were decoded differently: mode greedy and qmd, top_k None and 20" in text
+    )
+    assert "LEAK: A or B was trained on 1 of them; without these +10.00 points" in text
+    assert "+80.0  two" in text and "lex: two at 10.0" in text and "lex: two at 90.0" in text
+    assert text.index("two at 90.0") < text.index("one at 60.0")
+
+
+def test_no_common_query():
+    with pytest.raises(ValueError, match="no query in common"):
+        compare(record({"one": 1.0}), record({"two": 1.0}), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not a JSON file"),
+        (b"\xff", "not a JSON file"),
+        (b"[1]", "not a results file"),
+        (b'{"average": 92.0}', "not a results file"),
+        (b'{"schema": 99, "results": []}', "its schema is 99, this version reads 1"),
+        (b'{"schema": 1, "results": [{"query": "a"}]}', "incomplete"),
+        (b'{"schema": 1, "decode": {}, "model": null, "results": [{"query": "a"}]}', "incomplete"),
+    ],
+)
+def test_a_file_of_another_kind_is_one_clear_line(content, message, tmp_path):
+    path = tmp_path / "results.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_results(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read: No such file"):
+        read_results(tmp_path / "none.json")
+
+
+def test_a_results_file_reads_back(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(record({"one": 50.0})), encoding="utf-8")
+    assert read_results(path)["results"][0]["percentage"] == 50.0

@@ -1,0 +1,174 @@
+"""decode.py: the same tokens as mlx-lm's generator, in any batch, and how completions end."""
+
+import mlx.core as mx
+import pytest
+
+import model as models
+from decode import Completion, Sampler, TemperatureSampler, generate
+from prompt import render_prompt
+
+QUERIES = ["tls", "rotate nginx logs", "sourdough starter smells like acetone", "Lisbon tram 28"]
+LIMIT = 24
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_qwen3):
+    model, tokenizer = models.load_chain(models.read_chain(str(tiny_qwen3)))
+    prompts = [tokenizer.encode(render_prompt(q), add_special_tokens=False) for q in QUERIES]
+    assert len({len(p) for p in prompts}) == len(prompts)  # the batch needs padding
+    return model, prompts, models.end_token(tokenizer)
+
+
+@pytest.fixture(scope="module")
+def alone(loaded) -> list[list[int]]:
+    """What mlx-lm's own generator gives for each prompt on its own, greedily."""
+    from mlx_lm.generate import generate_step
+
+    model, prompts, _ = loaded
+    return [
+        [token for token, _ in generate_step(mx.array(p), model, max_tokens=LIMIT)] for p in prompts
+    ]
+
+
+def ending(tokens: list[list[int]]) -> int:
+    """A token that ends some of these completions early, others late or never."""
+    firsts = {
+        t: [row.index(t) if t in row else LIMIT for row in tokens] for row in tokens for t in row
+    }
+    return max(firsts, key=lambda t: len(set(firsts[t])))
+
+
+def cut(tokens: list[int], end: int) -> Completion:
+    """What a completion must be when decoding stops at `end`."""
+    if end in tokens:
+        return Completion(tokens[: tokens.index(end) + 1], finished=True)
+    return Completion(tokens, finished=False)
+
+
+def test_greedy_is_what_mlx_lm_generates(loaded, alone):
+    model, prompts, end = loaded
+    for prompt, expected in zip(prompts, alone, strict=True):
+        assert generate(model, [prompt], max_tokens=LIMIT, end=end) == [cut(expected, end)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
+def test_a_batch_of_any_size_gives_what_each_prompt_gives_alone(batch_size, loaded, alone):
+    """Rows end at different times here, and with a small batch waiting prompts take their place."""
+    model, prompts, _ = loaded
+    end = ending(alone)
+    expected = [cut(tokens, end) for tokens in alone]
+    assert {c.finished for c in expected} == {True, False}
+    assert len({len(c.tokens) for c in expected}) > 1
+    assert generate(model, prompts, max_tokens=LIMIT, end=end, batch_size=batch_size) == expected
+    many = generate(model, prompts * 3, max_tokens=LIMIT, end=end, batch_size=batch_size)
+    assert many == expected * 3
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_samples_stand_together_prompt_by_prompt(batch_size, loaded, alone):
+    model, prompts, _ = loaded
+    end = ending(alone)
+    completions = generate(
+        model, prompts, max_tokens=LIMIT, end=end, samples=3, batch_size=batch_size
+    )
+    assert completions == [cut(tokens, end) for tokens in alone for _ in range(3)]
+
+
+def test_the_end_token_is_kept_and_the_limit_holds(loaded, alone):
+    model, prompts, _ = loaded
+    end = alone[0][5]
+    first = alone[0].index(end)
+    [stopped] = generate(model, prompts[:1], max_tokens=LIMIT, end=end)
+    assert stopped.finished and stopped.tokens == alone[0][: first + 1]
+    [at_the_limit] = generate(model, prompts[:1], max_tokens=first + 1, end=end)
+    assert at_the_limit == stopped  # the last allowed token may be the end
+    [truncated] = generate(model, prompts[:1], max_tokens=first, end=end)
+    assert not truncated.finished and truncated.tokens == alone[0][:first]
+
+
+def test_sampling_differs_by_row_and_repeats_with_the_seed(loaded):
+    model, prompts, end = loaded
+
+    def sample():
+        mx.random.seed(7)
+        return generate(
+            model, prompts, max_tokens=8, end=end, samples=4, sampler=TemperatureSampler(1.0)
+        )
+
+    completions = sample()
+    assert completions == sample()
+    assert len({tuple(c.tokens) for c in completions}) > 12
+
+
+def test_the_temperature_sampler_draws_from_the_softmax():
+    """20,000 draws at T = 2 against exp(logit / 2), normalised; 4 standard errors are 0.014."""
+    mx.random.seed(0)
+    logits = mx.array([0.0, 2.0, 4.0])
+    drawn, _ = TemperatureSampler(2.0)(mx.broadcast_to(logits, (20_000, 3)), [])
+    shares = [(drawn == i).astype(mx.float32).mean().item() for i in range(3)]
+    for share, expected in zip(shares, (0.0900, 0.2447, 0.6652), strict=True):
+        assert abs(share - expected) < 0.014
+
+
+class Counting(Sampler):
+    """Greedy, but carries how many tokens each row has had; records what it is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def start(self, rows):
+        return [mx.zeros((rows,), dtype=mx.int32)]
+
+    def __call__(self, logits, state):
+        tokens, _ = super().__call__(logits, [])
+        self.seen.append((logits.shape[0], logits.dtype, state[0].tolist()))
+        return tokens, [state[0] + 1]
+
+
+def test_a_samplers_state_follows_its_row(loaded, alone):
+    model, prompts, _ = loaded
+    end = ending(alone)
+    sampler = Counting()
+    completions = generate(model, prompts, max_tokens=LIMIT, end=end, sampler=sampler, batch_size=2)
+    assert completions == [cut(tokens, end) for tokens in alone]
+    assert all(rows == len(state) for rows, _, state in sampler.seen)
+    assert all(dtype == mx.float32 for _, dtype, _ in sampler.seen)
+    counts = [count for _, _, state in sampler.seen for count in state]
+    lengths = [len(c.tokens) for c in completions]
+    # Every row is asked once for each token it has, counting from 0 (ended rows may linger).
+    for count in range(LIMIT):
+        assert counts.count(count) >= sum(length > count for length in lengths)
+    assert any(len(set(state)) > 1 for _, _, state in sampler.seen)  # a refilled row began at 0
+
+
+def test_progress_counts_up_to_all(loaded, alone):
+    model, prompts, _ = loaded
+    told = []
+    generate(
+        model,
+        prompts,
+        max_tokens=LIMIT,
+        end=ending(alone),
+        samples=2,
+        batch_size=3,
+        progress=told.append,
+    )
+    assert told == list(range(1, 9))
+
+
+def test_nothing_to_do(loaded):
+    model, _, end = loaded
+    assert generate(model, [], max_tokens=4, end=end) == []
+
+
+def test_the_untied_and_the_llama_layout(tiny_llama, tmp_path):
+    import tiny
+    from mlx_lm.generate import generate_step
+
+    for folder in (tiny_llama, tiny.make_qwen3(tmp_path, tied=False)):
+        model, tokenizer = models.load_chain(models.read_chain(str(folder)))
+        prompts = [tokenizer.encode(render_prompt(q), add_special_tokens=False) for q in QUERIES]
+        completions = generate(model, prompts, max_tokens=8, end=-1)
+        for prompt, completion in zip(prompts, completions, strict=True):
+            steps = generate_step(mx.array(prompt), model, max_tokens=8)
+            assert completion.tokens == [token for token, _ in steps]

@@ -1,0 +1,428 @@
+"""eval.py as a user types it: models, decodings, leaks, files in and out, and every clear refusal."""
+
+import hashlib
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+
+import model as models
+from dataset.schema import query_digest, read_query_digests, write_query_digests
+from report import measure
+
+ROOT = Path(__file__).parent.parent
+SHORT = ("--max-new-tokens", "16")
+GOOD = "lex: nginx tls settings\nlex: nginx certificate file\nvec: how to set up tls in nginx\n"
+
+
+class Done(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """What a refusal says, which must be one line and no traceback."""
+        lines = self.err.strip().split("\n")
+        assert self.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), self
+        return lines[0]
+
+
+@pytest.fixture
+def evaluate(monkeypatch, capsys, tmp_path) -> Callable[..., Done]:
+    """`evaluate("--model", folder)` runs eval.py in this process, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def evaluate(*args: str | Path) -> Done:
+        monkeypatch.setattr(sys, "argv", ["eval.py", *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
+        return Done(ended.value.code, *capsys.readouterr())
+
+    return evaluate
+
+
+@pytest.fixture(scope="module")
+def queries(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("queries") / "queries.txt"
+    path.write_text(
+        "## a comment\n# servers\nnginx TLS\nrotate nginx logs every night\n\n# food\n"
+        "sourdough starter smells like acetone\nnginx TLS\nbread /only:lex\n",
+        encoding="utf-8",
+    )
+    return path
+
+
+def add_adapter(policy, folder: Path, seed: int, **record: object) -> None:
+    """Put random LoRA layers on the model and save them as an adapter folder."""
+    mx.random.seed(seed)
+    config = models.lora_config(policy, 4, 8.0, 0.0, ["q_proj", "v_proj"])
+    models.add_lora(policy, config)
+    weights = models.adapter_weights(policy)
+    noise = [(name, 0.3 * mx.random.normal(w.shape)) for name, w in sorted(weights.items())]
+    policy.load_weights(noise, strict=False)
+    models.save_adapter(folder, dict(noise), config | record)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_qwen3, tmp_path_factory) -> dict[str, Path]:
+    """Folders of an SFT adapter, a GRPO adapter over it, and that chain fused."""
+    root = tmp_path_factory.mktemp("trained")
+    folders = {name: root / name for name in ("sft", "grpo", "fused", "quantized")}
+    model = models.load_base(tiny_qwen3)
+    add_adapter(model, folders["sft"], 1, model=str(tiny_qwen3), revision=None)
+    shutil.copytree(folders["sft"], folders["grpo"] / "sft")
+    models.fuse(model)
+    add_adapter(model, folders["grpo"], 2, parent="sft")
+    models.fuse(model)
+    shutil.copytree(tiny_qwen3, folders["fused"])
+    mx.save_safetensors(
+        str(folders["fused"] / "model.safetensors"), dict(tree_flatten(model.parameters()))
+    )
+    model = models.load_base(tiny_qwen3, bits=4)
+    add_adapter(model, folders["quantized"], 1, model=str(tiny_qwen3), quantize_bits=4)
+    return folders
+
+
+def texts(path: Path) -> dict[str, list[str]]:
+    record = json.loads(path.read_text(encoding="utf-8"))
+    return {x["query"]: [sample["text"] for sample in x["samples"]] for x in record["results"]}
+
+
+def jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# --- the command itself
+
+
+def test_help_loads_nothing_heavy(run):
+    done = run(["eval.py", "--help"], env={"PYTHONPROFILEIMPORTTIME": "1"})
+    assert done.returncode == 0 and "--compare" in done.stdout
+    imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "cli" in imported and imported.isdisjoint({"mlx", "mlx_lm", "numpy", "transformers"})
+
+
+def test_one_query(run, tiny_qwen3):
+    done = run(["eval.py", tiny_qwen3, "--query", "auth  config", "--decode", "qmd", *SHORT])
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.split("\n")
+    assert lines[0] == "auth config"
+    assert "%" in lines[1] and "points: format" in lines[2]
+    assert lines[3].split()[0] in ("keeps", "drops")
+    assert lines[3].split()[1] in ("lex:", "vec:", "hyde:")
+    assert "\x1b" not in done.stdout + done.stderr and "average" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--query", "a", "--queries", "b.txt"], "exclude each other"),
+        (["--query", " "], "the query is empty"),
+        (["--query", "a\x00b"], "characters that are no text"),
+        (["--samples", "2"], "add --decode qmd"),
+        (["--max-queries", "0"], "not a whole number from 1 on"),
+        (["--fail-under", "101"], "a percentage from 0 to 100"),
+        (["--compare", "a.json", "b.json", "-o", "c.json"], "--compare takes neither"),
+        (["a", "--model", "b"], "named twice"),
+    ],
+)
+def test_arguments_that_contradict(args, message, evaluate):
+    done = evaluate(*args)
+    assert done.code == 2 and message in done.err and "Traceback" not in done.err
+
+
+# --- models
+
+
+def test_the_whole_chain_is_followed(trained, tiny_qwen3, queries, evaluate):
+    found = {}
+    for name, folder in {**trained, "base": tiny_qwen3}.items():
+        done = evaluate("--model", folder, "--queries", queries, *SHORT, "-o", f"{name}.json")
+        assert done.code == 0, done.err
+        found[name] = texts(Path(f"{name}.json"))
+    assert found["fused"] == found["grpo"]
+    assert len({json.dumps(found[name]) for name in ("base", "sft", "grpo", "quantized")}) == 4
+
+
+def test_the_default_model_is_the_last_stage_there_is(trained, tiny_qwen3, queries, evaluate):
+    assert "neither outputs/grpo nor outputs/sft" in evaluate("--queries", queries).error
+    shutil.copytree(trained["sft"], "outputs/sft")
+    assert evaluate("--queries", queries, *SHORT).out.startswith("outputs/sft: ")
+    shutil.copytree(trained["grpo"], "outputs/grpo")
+    out = evaluate("--queries", queries, *SHORT).out
+    assert out.startswith(f"outputs/grpo: {tiny_qwen3} + outputs/grpo/sft + outputs/grpo\n")
+
+
+def test_a_model_of_the_hub_is_known_by_its_revision(run, hub, tmp_path, queries):
+    path = tmp_path / "results.json"
+    args = ["--model", "Qwen/Qwen3-1.7B", "--queries", queries, *SHORT, "-o", path]
+    done = run(["eval.py", *args], env=hub)
+    assert done.returncode == 0, done.stderr
+    model = json.loads(path.read_text(encoding="utf-8"))["model"]
+    assert model["base"] == "Qwen/Qwen3-1.7B" and len(model["revision"]) == 40
+    assert model["weights_sha256"] == {} == model["adapters_sha256"]
+
+
+@pytest.mark.parametrize("name", ["empty", "outputs/none", "none"])
+def test_neither_adapter_nor_model(name, evaluate):
+    Path("empty").mkdir()
+    assert f"model {name}: " in evaluate("--model", name, "--query", "a").error
+
+
+# --- decoding
+
+
+def test_greedy_text_is_the_same_alone_and_in_a_batch(trained, queries, evaluate):
+    args = ("--model", trained["sft"], "--max-new-tokens", "40")
+    for size in (1, 2, 32):
+        done = evaluate(*args, "--queries", queries, "--batch-size", size, "-o", f"{size}.json")
+        assert done.code == 0, done.err
+    in_batch = texts(Path("32.json"))
+    assert len(in_batch) == 4 and texts(Path("1.json")) == texts(Path("2.json")) == in_batch
+    for query, text in in_batch.items():
+        evaluate(*args, "--query", query, "-o", "alone.json")
+        assert texts(Path("alone.json")) == {query: text}
+
+
+def test_qmd_decoding_depends_on_seed_query_and_prompt(trained, queries, evaluate):
+    def sampled(*args: str) -> dict[str, list[str]]:
+        done = evaluate(trained["sft"], "--decode", "qmd", *SHORT, "-o", "q.json", *args)
+        assert done.code == 0, done.err
+        return texts(Path("q.json"))
+
+    four = ("--queries", str(queries), "--samples", "3")
+    first = sampled(*four)
+    assert all(len(set(x)) == 3 for x in first.values())
+    assert all(text.startswith(("lex: ", "vec: ", "hyde: ")) for x in first.values() for text in x)
+    assert sampled(*four, "--batch-size", "5") == first
+    assert sampled("--query", "nginx TLS") == {"nginx TLS": first["nginx TLS"][:1]}
+    assert sampled(*four, "--seed", "7") != first
+    assert sampled(*four, "--qmd-system-prompt") != first
+
+
+def test_a_query_of_ten_thousand_characters(trained, evaluate):
+    long = "flights to Lisbon in May are cheapest on a Tuesday " * 200
+    assert len(long) > 10_000
+    Path("queries.txt").write_text(f"nginx TLS\n{long}\nbread\n", encoding="utf-8")
+    done = evaluate(trained["sft"], "--queries", "queries.txt", *SHORT, "-o", "long.json")
+    assert done.code == 0, done.err
+    together = texts(Path("long.json"))
+    assert list(together) == ["nginx TLS", long.strip(), "bread"]
+    evaluate(trained["sft"], "--query", "bread", *SHORT, "-o", "bread.json")
+    assert texts(Path("bread.json"))["bread"] == together["bread"]
+
+
+def test_a_query_beyond_the_models_context(trained, evaluate):
+    Path("queries.txt").write_text("a b c " * 20_000, encoding="utf-8")
+    error = evaluate(trained["sft"], "--queries", "queries.txt").error
+    assert "of 119999 characters" in error and "exceed the model's context of 40960" in error
+
+
+# --- leaks
+
+
+def test_a_digest_is_of_the_base_query(tmp_path):
+    expected = hashlib.sha256(b"auth config").hexdigest()[:16]
+    assert query_digest("Auth  Config") == query_digest("auth config /only:lex") == expected
+    write_query_digests(tmp_path, ["auth config /only:lex", "Auth config", "pie"])
+    record = json.loads((tmp_path / "queries.json").read_text(encoding="utf-8"))
+    assert record == {"schema": 1, "sha256": sorted([expected, query_digest("pie")])}
+    assert read_query_digests(tmp_path) == {expected, query_digest("pie")}
+    assert read_query_digests(tmp_path / "none") is None
+
+
+def test_a_planted_leak_is_named(trained, queries, evaluate, tmp_path):
+    folder = tmp_path / "leaky"
+    shutil.copytree(trained["grpo"], folder)
+    write_query_digests(folder, ["pie"])
+    write_query_digests(folder / "sft", ["Nginx  tls", "Bread"])  # as training rows had them
+    done = evaluate(folder, "--queries", queries, *SHORT, "-o", "leaks.json")
+    assert "LEAK     2 of these queries were trained on:" in done.out
+    assert "   nginx TLS\n" in done.out and "   bread /only:lex\n" in done.out
+    record = json.loads(Path("leaks.json").read_text(encoding="utf-8"))
+    assert record["leaks"]["queries"] == ["nginx TLS", "bread /only:lex"]
+    clean = [x["percentage"] for x in record["results"] if not x["trained_on"]]
+    assert len(clean) == 2
+    assert record["summary"]["unseen"]["average"] == pytest.approx(sum(clean) / 2)
+    assert f"without them {sum(clean) / 2:.1f} %" in done.out
+
+
+def test_no_leak_and_no_record_are_told_apart(trained, queries, evaluate, tmp_path):
+    assert (
+        f"unknown for {trained['sft']}"
+        in evaluate(trained["sft"], "--queries", queries, *SHORT).out
+    )
+    folder = tmp_path / "clean"
+    shutil.copytree(trained["sft"], folder)
+    write_query_digests(folder, ["pie"])
+    out = evaluate(folder, "--queries", queries, *SHORT).out
+    assert "none of these queries was trained on" in out
+    (folder / "queries.json").write_text('{"schema": 2}', encoding="utf-8")
+    assert "not a record of training queries" in evaluate(folder, "--queries", queries).error
+
+
+# --- the results file
+
+
+def test_the_results_file_tells_everything(trained, tiny_qwen3, queries, evaluate):
+    done = evaluate(
+        *("--model", trained["grpo"], "--queries", queries, "--max-queries", "3"),
+        *("--seed", "5", *SHORT, "-o", "new/results.json"),
+    )
+    assert done.code == 0, done.err
+    assert [path.name for path in Path("new").iterdir()] == ["results.json"]  # no temporary file
+    record = json.loads(Path("new/results.json").read_text(encoding="utf-8"))
+
+    def sha256(path: Path) -> str:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    assert record["schema"] == 1 and record["seed"] == 5
+    assert record["decode"] == {
+        "mode": "greedy",
+        "max_new_tokens": 16,
+        "qmd_system_prompt": False,
+        "samples": 1,
+    }
+    assert record["model"] == {
+        "name": str(trained["grpo"]),
+        "base": str(tiny_qwen3),
+        "revision": None,
+        "quantize_bits": None,
+        "weights_sha256": {"model.safetensors": sha256(tiny_qwen3 / "model.safetensors")},
+        "adapters_sha256": {
+            str(folder): sha256(folder / "adapters.safetensors")
+            for folder in (trained["grpo"] / "sft", trained["grpo"])
+        },
+    }
+    assert [(x["query"], x["category"]) for x in record["results"]] == [
+        ("nginx TLS", "servers"),
+        ("rotate nginx logs every night", "servers"),
+        ("sourdough starter smells like acetone", "food"),
+    ]
+    for x in record["results"]:
+        assert x["samples"] == [measure(x["query"], x["samples"][0]["text"], truncated=True)]
+    assert record["speed"]["tokens"] == 3 * 16
+
+
+def test_a_results_file_that_cannot_be_written_is_told_before_the_work(trained, evaluate):
+    Path("folder").mkdir()
+    assert "--output folder: " in evaluate(trained["sft"], "--query", "a", "-o", "folder").error
+
+
+# --- queries
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "cannot be read: No such file"),
+        (b"", "there is no query in it"),
+        (b"# category\n\n## comment\n", "there is no query in it"),
+        (b"nginx\ncaf\xe9\n", "queries.txt:2: not UTF-8"),
+    ],
+)
+def test_query_files_that_cannot_be_used(content, message, evaluate):
+    if content is not None:
+        Path("queries.txt").write_bytes(content)
+    error = evaluate("--queries", "queries.txt").error
+    assert "--queries queries.txt" in error and message in error
+
+
+# --- outputs of others, references, thresholds
+
+
+def test_score_only(evaluate):
+    jsonl(
+        Path("outputs.jsonl"),
+        {"query": "nginx TLS", "expansion": GOOD, "category": "servers"},
+        {"query": "nginx TLS", "output": "no lines"},
+        {"query": "bread", "output": [["lex", "rye loaf"], ["vec", "how to bake a rye loaf"]]},
+    )
+    done = evaluate("--score-only", "outputs.jsonl", "-o", "scored.json", "-v")
+    assert done.code == 0, done.err
+    record = json.loads(Path("scored.json").read_text(encoding="utf-8"))
+    assert record["model"] is None and record["decode"] == {"mode": "score-only"}
+    first, second = record["results"]
+    assert first["samples"] == [measure("nginx TLS", GOOD), measure("nginx TLS", "no lines")]
+    assert second["samples"][0]["text"] == "lex: rye loaf\nvec: how to bake a rye loaf"
+    assert "2 queries, 3 samples" in done.out
+    assert 'line without lex:, vec: or hyde: "no lines"' in done.out  # -v shows deductions
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "there are no rows in it"),
+        ('{"query": "a", "expansion": "lex: b"}\n{"query": "a"', "outputs.jsonl:2: not valid JSON"),
+        ('{"query": "a"}\n', 'outputs.jsonl:1: expected {"query": text, "expansion": text}'),
+        ("[]\n", "outputs.jsonl:1: expected"),
+        ('{"query": "a", "output": [["lex"]]}\n', "outputs.jsonl:1: expected"),
+    ],
+)
+def test_outputs_that_cannot_be_read(content, message, evaluate):
+    Path("outputs.jsonl").write_text(content, encoding="utf-8")
+    assert message in evaluate("--score-only", "outputs.jsonl").error
+
+
+def test_golden_figures_are_reported(evaluate):
+    jsonl(Path("outputs.jsonl"), {"query": "nginx TLS", "expansion": GOOD})
+    reference = {
+        "query": "Nginx tls",
+        "output": [["lex", "nginx tls settings"], ["vec", "why does the certificate expire"]],
+    }
+    golden = jsonl(Path("golden.jsonl"), reference, {"query": "pie", "output": [["lex", "apple"]]})
+    args = ("--score-only", "outputs.jsonl", "--golden", golden)
+    done = evaluate(*args, "-o", "scored.json")
+    assert done.code == 0, done.err
+    matched = json.loads(Path("scored.json").read_text(encoding="utf-8"))["golden"]
+    assert matched["queries"] == 1
+    assert matched["types"]["lex"] == pytest.approx({"precision": 0.5, "recall": 1, "f1": 2 / 3})
+    assert matched["types"]["vec"]["f1"] == 0
+    assert matched["types"]["all"]["precision"] == pytest.approx(1 / 3)
+    assert "50.0%  100.0%  66.7%" in done.out
+    jsonl(golden, {"query": "pie", "output": [["lex", "apple"]]})
+    assert "none of the evaluated queries is in it" in evaluate(*args).error
+    assert "there is no such file" in evaluate("--golden", "none.jsonl").error
+
+
+def test_golden_queries_are_evaluated_when_no_others_are_named(trained, rows, evaluate):
+    done = evaluate(trained["sft"], "--golden", rows, *SHORT, "--max-queries", "5", "-o", "g.json")
+    assert done.code == 0, done.err
+    asked = [json.loads(line)["query"] for line in rows.read_text(encoding="utf-8").splitlines()]
+    assert list(texts(Path("g.json"))) == asked[:5]
+    assert "golden, 5 queries" in done.out
+
+
+def test_fail_under(evaluate):
+    jsonl(Path("outputs.jsonl"), {"query": "nginx TLS", "expansion": GOOD})
+    scored = measure("nginx TLS", GOOD)["score"]["percentage"]
+    args = ("--score-only", "outputs.jsonl", "--fail-under")
+    assert evaluate(*args, str(scored)).code == 0
+    done = evaluate(*args, str(scored + 0.1))
+    assert done.code == 1
+    assert done.err == f"average {scored} % is under --fail-under {scored + 0.1:g}\n"
+
+
+def test_compare(evaluate):
+    for name, expansion in {"a": "no lines", "b": GOOD}.items():
+        rows = [{"query": q, "expansion": expansion} for q in ("nginx TLS", "nginx tls port")]
+        jsonl(Path(f"{name}.jsonl"), *rows)
+        assert evaluate("--score-only", f"{name}.jsonl", "-o", f"{name}.json").code == 0
+    done = evaluate("--compare", "a.json", "b.json")
+    assert done.code == 0, done.err
+    assert "B wins 2, loses 0, ties 0 of 2 queries" in done.out and "B scores higher" in done.out
+    same = evaluate("--compare", "a.json", "a.json").out
+    assert "B - A  +0.00 points  (95 % interval +0.00 to +0.00): no difference shown" in same
+    Path("old.json").write_text('{"schema": 0, "results": []}', encoding="utf-8")
+    assert "its schema is 0" in evaluate("--compare", "a.json", "old.json").error
+    assert "cannot be read" in evaluate("--compare", "a.json", "none.json").error

@@ -1,0 +1,139 @@
+"""evals/queries.txt: its shape, and that no training row holds one of its queries or a near copy."""
+
+import json
+import re
+import unicodedata
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dataset.schema import base_query
+from report import script_counts
+
+ROOT = Path(__file__).parent.parent
+CATEGORIES = [
+    "technical docs",
+    "short and ambiguous",
+    "entities",
+    "personal notes",
+    "research",
+    "errors",
+    "recency",
+    "complex",
+    "quoted phrases",
+    "negation",
+    "only modes",
+    "languages",
+    "typos",
+    "very long",
+]
+# In how many two-letter pieces two queries must agree, at least, to count as near copies.
+NEAR = 0.75
+
+
+def read(path: Path) -> dict[str, list[str]]:
+    """The queries by category, read without eval.py."""
+    found: dict[str, list[str]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("# "):
+            queries = found.setdefault(line[2:], [])
+        elif line and not line.startswith("##"):
+            queries.append(line)
+    return found
+
+
+def plain(query: str) -> str:
+    """Without case, accents, punctuation, /only: suffix, and with the words in order."""
+    text = unicodedata.normalize("NFKD", base_query(query))
+    text = "".join(char for char in text if not unicodedata.combining(char))
+    return " ".join(sorted(re.findall(r"\w+", text.casefold())))
+
+
+def pieces(text: str) -> Counter[str]:
+    return Counter(text[i : i + 2] for i in range(len(text) - 1)) or Counter([text])
+
+
+def nearness(a: Counter, b: Counter) -> float:
+    """Dice's coefficient of two bags of pieces: 1 for the same, 0 for nothing in common."""
+    return 2 * (a & b).total() / (a.total() + b.total())
+
+
+def near_copies(queries: list[str], trained: list[str]) -> list[tuple[str, str]]:
+    """The (query, row) pairs that are the same but for case, order, suffix or small edits."""
+    rows = {plain(row): row for row in trained}
+    bags = [(row, pieces(text)) for text, row in rows.items()]
+    found = [(query, rows[plain(query)]) for query in queries if plain(query) in rows]
+    for query in queries:
+        bag = pieces(plain(query))
+        size = bag.total()
+        for row, other in bags:
+            # The sizes alone bound the coefficient: most rows need no closer look.
+            bound = 2 * min(size, other.total()) / (size + other.total())
+            if bound >= NEAR and nearness(bag, other) >= NEAR and (query, row) not in found:
+                found.append((query, row))
+    return found
+
+
+@pytest.fixture(scope="module")
+def categories() -> dict[str, list[str]]:
+    return read(ROOT / "evals" / "queries.txt")
+
+
+@pytest.fixture(scope="module")
+def trained() -> list[str]:
+    rows = []
+    for path in sorted((ROOT / "data").glob("*.jsonl")):
+        rows += map(json.loads, path.read_text(encoding="utf-8").splitlines())
+    assert len(rows) >= 150
+    return [row["query"] for row in rows]
+
+
+def test_the_categories_are_all_there(categories):
+    assert list(categories) == CATEGORIES
+    assert all(len(queries) >= 5 for queries in categories.values())
+    everything = [query for queries in categories.values() for query in queries]
+    assert len(everything) >= 150
+    assert len(set(map(plain, everything))) == len(everything)
+
+
+def test_each_category_is_what_it_says(categories):
+    assert all(len(query.split()) <= 2 for query in categories["short and ambiguous"])
+    assert all('"' in query for query in categories["quoted phrases"])
+    assert all(len(query) > 150 for query in categories["very long"])
+    suffixes = Counter(query.rpartition(" ")[2] for query in categories["only modes"])
+    assert suffixes.keys() == {"/only:lex", "/only:vec", "/only:hyde"}
+
+
+def test_ten_languages_of_which_some_are_not_written_in_latin(categories):
+    scripts = Counter(
+        next((name for name in script_counts(query) if name != "LATIN"), "LATIN")
+        for query in categories["languages"]
+    )
+    # German, French, Spanish, Portuguese, Polish, Italian and Dutch, and six other scripts.
+    assert scripts.keys() >= {"LATIN", "CJK", "HANGUL", "CYRILLIC", "ARABIC", "DEVANAGARI", "GREEK"}
+    assert len(categories["languages"]) >= 20
+
+
+def test_no_row_holds_an_evaluation_query(categories, trained):
+    everything = [query for queries in categories.values() for query in queries]
+    assert near_copies(everything, trained) == []
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        "nginx upstream keepalive connections",
+        "NGINX  upstream keepalive connections",
+        "keepalive connections nginx upstream",
+        "nginx upstream keepalive connections /only:lex",
+        "nginx upstream keepalive connection",
+        "nginx upstream keep-alive connections?",
+        "the nginx upstream keepalive connections",
+        "nginx upstrem keepalive conections",
+    ],
+)
+def test_a_planted_copy_is_found(copy, categories, trained):
+    query = "nginx upstream keepalive connections"
+    assert query in categories["technical docs"]
+    assert near_copies([query], [*trained, copy]) == [(query, copy)]

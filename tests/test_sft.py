@@ -1,0 +1,238 @@
+"""sft.py: the loss and its gradient, batches and accumulation, what is left out."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+
+import model as models
+from dataset.schema import load_rows
+from prompt import render_prompt
+from sft import Batches, Row, collate, completion_loss, tokenize, validate
+
+END = 2
+
+
+@pytest.fixture(scope="module")
+def model(tiny_qwen3) -> nn.Module:
+    """The tiny Qwen3 with LoRA layers that already do something."""
+    model = models.load_base(tiny_qwen3)
+    models.add_lora(model, models.lora_config(model, 4, 8.0, 0.0, ("q_proj", "v_proj", "up_proj")))
+    mx.random.seed(0)
+    fresh = [
+        (n, mx.random.normal(v.shape, scale=0.1)) for n, v in models.adapter_weights(model).items()
+    ]
+    model.load_weights(fresh, strict=False)
+    return model
+
+
+@pytest.fixture(scope="module")
+def some_rows() -> list[Row]:
+    """Rows of unequal lengths, each ending in END."""
+    rng = np.random.default_rng(0)
+    shapes = [(3, 5), (9, 14), (1, 1), (6, 2), (20, 13), (4, 8), (12, 21)]  # prompt, completion
+    return [
+        Row([*rng.integers(10, 500, p + c - 1).tolist(), END], p, f"row {i}")
+        for i, (p, c) in enumerate(shapes)
+    ]
+
+
+def token_losses(model: nn.Module, row: Row) -> np.ndarray:
+    """-log softmax at each completion token, in float64, from the model's own forward pass."""
+    logits = np.array(model(mx.array([row.ids[:-1]]))[0], dtype=np.float64)  # (T, V)
+    logits -= logits.max(axis=1, keepdims=True)
+    logps = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+    targets = row.ids[row.start :]
+    return -logps[range(row.start - 1, len(row.ids) - 1), targets]
+
+
+def gradient(model: nn.Module, loss, *args) -> dict[str, mx.array]:
+    _, grads = nn.value_and_grad(model, loss)(model, *args)
+    return dict(tree_flatten(grads))
+
+
+def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
+    size = max(mx.abs(g).max().item() for g in b.values())
+    assert a.keys() == b.keys() and size > 1e-3
+    return all(mx.abs(a[name] - b[name]).max().item() < 1e-5 * max(size, 1) for name in b)
+
+
+# The loss
+
+
+def test_the_loss_is_the_mean_over_completion_tokens(model, some_rows):
+    loss, tokens = completion_loss(model, *collate(some_rows))
+    expected = np.concatenate([token_losses(model, row) for row in some_rows])
+    assert tokens.item() == len(expected) == 64
+    assert abs(loss.item() - expected.mean()) < 1e-4
+
+
+def test_the_end_token_is_learnt_and_the_prompt_is_not(model):
+    row = Row([40, 41, 42, 43, END], 3, "")
+    _, tokens = completion_loss(model, *collate([row]))
+    assert tokens.item() == 2  # 43 and the end
+    without_end, _ = completion_loss(model, *collate([Row([40, 41, 42, 43], 3, "")]))
+    with_end, _ = completion_loss(model, *collate([row]))
+    end_loss = 2 * with_end.item() - without_end.item()
+    assert abs(end_loss - token_losses(model, row)[-1]) < 1e-4
+
+
+def test_padding_is_neither_target_nor_seen(model, some_rows):
+    """A row costs the same alone and beside a longer one."""
+    short, long = some_rows[2], some_rows[4]
+    alone = [completion_loss(model, *collate([row], 1.0))[0].item() for row in (short, long)]
+    both, tokens = completion_loss(model, *collate([short, long], 1.0))
+    assert abs(both.item() - sum(alone)) < 1e-4
+    assert tokens.item() == 14
+
+
+def test_the_normalizer_divides_the_sum(model, some_rows):
+    by_one, _ = completion_loss(model, *collate(some_rows, 1.0))
+    by_seven, _ = completion_loss(model, *collate(some_rows, 7.0))
+    assert abs(by_one.item() / 7 - by_seven.item()) < 1e-4
+
+
+def test_the_gradient_is_that_of_a_plain_cross_entropy(model, some_rows):
+    def plain(model):
+        total = mx.array(0.0)
+        for row in some_rows:
+            logits = model(mx.array([row.ids[:-1]]))[0, row.start - 1 :]
+            targets = mx.array(row.ids[row.start :])
+            total = total + nn.losses.cross_entropy(logits, targets, reduction="sum")
+        return total / 64
+
+    value, grads = nn.value_and_grad(model, plain)(model)
+    loss, _ = completion_loss(model, *collate(some_rows))
+    assert abs(loss.item() - value.item()) < 1e-5
+    ours = gradient(model, lambda m, *batch: completion_loss(m, *batch)[0], *collate(some_rows))
+    assert same(ours, dict(tree_flatten(grads)))
+
+
+# Validation
+
+
+def test_validation_is_the_mean_over_every_token_of_every_row(model, some_rows):
+    expected = np.concatenate([token_losses(model, row) for row in some_rows])
+    hits = []
+    for row in some_rows:
+        logits = model(mx.array([row.ids[:-1]]))[0, row.start - 1 :]
+        hits += (mx.argmax(logits, axis=-1) == mx.array(row.ids[row.start :])).tolist()
+    for batch_size in (1, 3, 100):
+        loss, accuracy = validate(model, some_rows, batch_size)
+        assert abs(loss - expected.mean()) < 1e-4
+        assert accuracy == sum(hits) / len(hits)
+
+
+def test_validation_sees_no_dropout_and_leaves_the_model_training(tiny_qwen3, some_rows):
+    model = models.load_base(tiny_qwen3)
+    plain, _ = validate(model, some_rows, 4)
+    models.add_lora(model, models.lora_config(model, 4, 8.0, 0.9, ("v_proj",)))
+    ones = [(n, mx.ones_like(v)) for n, v in models.adapter_weights(model).items()]
+    model.load_weights(ones, strict=False)
+    assert validate(model, some_rows, 4) == validate(model, some_rows, 4) != (plain, 0)
+    assert model.training
+
+
+# Batches
+
+
+@pytest.mark.parametrize(("batch_size", "accumulation"), [(4, 2), (2, 3), (1, 8), (7, 1), (3, 4)])
+def test_accumulated_micro_batches_are_the_whole_batch(batch_size, accumulation, model, some_rows):
+    """The trainer sums the gradients of a step and divides by the accumulation.
+
+    The last two cases have more places than rows.
+    """
+
+    def loss(model, *batch):
+        return completion_loss(model, *batch)[0]
+
+    batches = Batches(some_rows, batch_size, accumulation, seed=0)
+    [rows, *_] = batches.step_rows(0)
+    total, losses, count, tokens = None, 0.0, 0, 0.0
+    for batch in batches.micro_batches(rows):
+        value, grads = nn.value_and_grad(model, loss)(model, *batch)
+        total = grads if total is None else tree_map(mx.add, total, grads)
+        losses, count = losses + value.item(), count + 1
+        tokens += completion_loss(model, *batch)[1].item()
+    assert count == accumulation
+    mean = {name: g / accumulation for name, g in tree_flatten(total)}
+    assert same(mean, gradient(model, loss, *collate(rows)))
+    whole, expected_tokens = completion_loss(model, *collate(rows))
+    assert abs(losses / accumulation - whole.item()) < 1e-5
+    assert tokens == expected_tokens.item()
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
+def test_every_row_is_seen_once_an_epoch(count):
+    rows = [Row([1] * (3 + i * 7 % 50), 2, f"row {i}") for i in range(count)]
+    batches = Batches(rows, batch_size=4, accumulation=4, seed=1)
+    assert batches.steps_per_epoch == -(-count // 16)
+    for epoch in (0, 1):
+        steps = batches.step_rows(epoch)
+        assert len(steps) == batches.steps_per_epoch
+        assert all(0 < len(step) <= 16 for step in steps)
+        assert sum(len(step) < 16 for step in steps) == (count % 16 > 0)
+        seen = [row.source for step in steps for row in step]
+        assert sorted(seen) == sorted(row.source for row in rows)
+
+
+def sources(batches: Batches, epoch: int) -> list[list[str]]:
+    return [[row.source for row in step] for step in batches.step_rows(epoch)]
+
+
+def test_the_order_is_the_seeds_and_the_epochs():
+    rows = [Row([1] * (3 + i % 20), 2, f"row {i}") for i in range(100)]
+    one, again, other = (Batches(rows, 4, 2, seed) for seed in (1, 1, 2))
+    assert sources(one, 0) == sources(again, 0)
+    assert sources(one, 0) != sources(one, 1) != sources(other, 1)
+
+
+def test_rows_of_a_micro_batch_are_of_like_length():
+    rng = np.random.default_rng(0)
+    rows = [Row([1] * n, 2, "") for n in rng.integers(20, 200, 256).tolist()]
+    batches = Batches(rows, batch_size=4, accumulation=4, seed=0)
+    used = padded = 0
+    for step in batches.step_rows(0):
+        for inputs, *_ in batches.micro_batches(step):
+            padded += inputs.size
+        used += sum(len(row.ids) - 1 for row in step)
+    assert used / padded > 0.8  # 0.65 in random order
+
+
+def test_a_run_that_starts_at_a_later_step_sees_the_same_batches():
+    rows = [Row([1, 2, 3 + i, END], 2, f"row {i}") for i in range(10)]
+    batches = Batches(rows, batch_size=2, accumulation=2, seed=5)  # 3 steps an epoch
+
+    def first(step: int, count: int) -> list[list]:
+        stream = batches(step)
+        return [[a.tolist() for a in next(stream)] for _ in range(2 * count)]
+
+    all_of_it = first(0, 8)
+    assert first(4, 4) == all_of_it[8:]
+    assert first(3, 5) == all_of_it[6:]
+    next(batches(4))
+    assert batches.current == batches.step_rows(1)[1]
+
+
+# Tokens
+
+
+def test_rows_are_prompt_and_target_and_longer_ones_are_counted(tiny_qwen3, rows):
+    tokenizer = models.load_tokenizer(tiny_qwen3)
+    examples = load_rows(str(rows)).train
+    prompts = [tokenizer.encode(render_prompt(e.query), add_special_tokens=False) for e in examples]
+    every, none_left_out = tokenize(examples, prompts, tokenizer, True, 10_000)
+    assert (len(every), none_left_out) == (24, 0)
+    for example, row in zip(examples, every, strict=True):
+        text = tokenizer.decode(row.ids)
+        assert text.startswith(render_prompt(example.query)) and text.endswith("\n<|im_end|>")
+        assert tokenizer.decode(row.ids[: row.start]) == render_prompt(example.query)
+        assert row.ids[-1] == models.end_token(tokenizer) and row.source == example.source
+    bare, _ = tokenize(examples, prompts, tokenizer, False, 10_000)
+    assert not tokenizer.decode(bare[0].ids).endswith("\n<|im_end|>")
+
+    lengths = sorted(len(row.ids) for row in every)
+    some, left_out = tokenize(examples, prompts, tokenizer, True, lengths[9])
+    assert max(len(row.ids) for row in some) == lengths[9]
+    assert left_out == sum(n > lengths[9] for n in lengths) and len(some) + left_out == 24
