@@ -31,6 +31,22 @@ NO_EFFECT = {
     "gguf": "convert.py writes GGUF",
     "tracking": "metrics.jsonl is always written",
 }
+# The same for keys that only the other stage reads.
+OTHER_STAGE = {
+    "sft": {
+        "model.sft": "sft starts from model.base",
+        "grpo": "sft does not read it",
+        "generation.temperature": "sft does not sample",
+    },
+    "grpo": {
+        "model.base": "it comes with the SFT adapter",
+        "model.load_in_4bit": "the base is what the SFT adapter was trained on",
+        "model.load_in_8bit": "the base is what the SFT adapter was trained on",
+        "dataset.final_newline": "grpo uses the queries alone",
+        "training.max_length": "grpo.max_completion_length decides",
+        "training.gradient_checkpointing": "grpo does not use it",
+    },
+}
 
 
 class ConfigError(ValueError):
@@ -343,7 +359,8 @@ def load_config(
         raise ConfigError("\n".join(problems))
 
     given = {dotted for _, raw in layers for dotted in _keys(raw)}
-    ignored = [f"{name} ({why})" for name, why in NO_EFFECT.items() if name in given]
+    reasons = NO_EFFECT | OTHER_STAGE[stage]
+    ignored = [f"{name} ({why})" for name, why in reasons.items() if name in given]
     return config, ignored
 
 

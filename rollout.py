@@ -102,13 +102,21 @@ def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:
     return mx.stack([mx.pad(row, (0, width - row.size)) for row in rows])
 
 
-def batch_share(batch: Sequence[Rollout], rollouts: Sequence[Rollout], loss_type: str) -> float:
+def batch_share(
+    batch: Sequence[Rollout], rollouts: Sequence[Rollout], loss_type: str, mask_truncated: bool
+) -> float:
     """The weight that makes the micro-batches' losses sum to the loss of all rollouts at once."""
     if loss_type == "dapo":
         return 1.0  # its normalizer counts the whole batch already
     if loss_type == "bnpo":
-        return sum(len(r.tokens) for r in batch) / sum(len(r.tokens) for r in rollouts)
+        active = active_tokens(rollouts, mask_truncated)
+        return active_tokens(batch, mask_truncated) / max(active, 1)
     return len(batch) / len(rollouts)
+
+
+def active_tokens(rollouts: Sequence[Rollout], mask_truncated: bool) -> int:
+    """The tokens in the loss: those of cut-off completions count unless they are masked."""
+    return sum(len(r.tokens) for r in rollouts if r.finished or not mask_truncated)
 
 
 def completion_logps(

@@ -147,8 +147,6 @@ class Run:
             for name in (METRICS, SAMPLES):
                 (self.folder / name).unlink(missing_ok=True)
 
-    # ---------------------------------------------------------------- state
-
     def restore(self, model, optimizer: optim.Optimizer) -> None:
         """Put the newest whole checkpoint back; without one the run starts at step 0."""
         found: Checkpoint | None = self.checkpoints.latest(warn=self.warn)
@@ -223,8 +221,6 @@ class Run:
     def out_of_patience(self) -> bool:
         return self.training.patience is not None and self.stale >= self.training.patience
 
-    # ---------------------------------------------------------------- telling
-
     def elapsed(self) -> float:
         return self.elapsed_before + time.monotonic() - self.start
 
@@ -282,8 +278,6 @@ class Run:
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr, flush=True)
 
-    # ---------------------------------------------------------------- ends
-
     def __enter__(self):
         self._claim()
 
@@ -293,7 +287,7 @@ class Run:
             print("\nstopping after this step", file=sys.stderr, flush=True)
 
         self.handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
-        if platform.system() == "Darwin":
+        if shutil.which("caffeinate"):
             print("keep the Mac awake meanwhile, in another terminal: caffeinate -is")
         return self
 

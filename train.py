@@ -252,7 +252,8 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
         f"validation loss {run.best_value:.4f} at step {run.best_step}" if held else "the last step"
     )
     print(f"{config.model.output}: adapter of {why}, {cli.duration(run.elapsed())}")
-    print("next: python train.py grpo")
+    elsewhere = "" if run.folder == Path("outputs/sft") else f" --set model.sft={run.folder}"
+    print(f"next: python train.py grpo{elsewhere}")
 
 
 def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
@@ -264,6 +265,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     from dataset.schema import write_query_digests
     from grpo import group_advantages, grpo_loss
     from rollout import (
+        active_tokens,
         batch_share,
         completion_logps,
         group_metrics,
@@ -391,14 +393,15 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
             sampled = time.monotonic() - started
 
             # 5. Follow the gradient of all completions at once, summed over micro-batches.
-            trained = [r for r in rollouts if r.finished or not settings.mask_truncated]
-            active = sum(len(r.tokens) for r in trained)
+            active = active_tokens(rollouts, settings.mask_truncated)
             model.train()
             sums = {"tokens": 0.0, "kl": 0.0, "entropy": 0.0, "clip_low": 0.0, "clip_high": 0.0}
             for _ in range(settings.num_iterations):
                 gradient = tree_map(mx.zeros_like, model.trainable_parameters())
                 for batch in batches:
-                    share = batch_share(batch, rollouts, settings.loss_type)
+                    share = batch_share(
+                        batch, rollouts, settings.loss_type, settings.mask_truncated
+                    )
                     (_, stats), part = value_and_grad(batch, active, share)
                     gradient = tree_map(mx.add, gradient, part)
                     mx.eval(gradient, stats)

@@ -14,6 +14,7 @@ import model as models
 from decode import TemperatureSampler, generate
 from rollout import (
     Rollout,
+    active_tokens,
     batch_share,
     completion_logps,
     micro_batches,
@@ -25,9 +26,6 @@ from rollout import (
 
 def values(array) -> list:
     return np.array(array).round(5).tolist()
-
-
-# ---------------------------------------------------------------- advantages
 
 
 def test_group_advantages_by_hand():
@@ -65,8 +63,6 @@ def test_unknown_scale():
     with pytest.raises(ValueError, match="scale 'std'"):
         grpo.group_advantages([[1.0, 2.0]], "std")
 
-
-# ---------------------------------------------------------------- loss
 
 LOGPS = np.array([[-1.0, -2.0, -3.0], [-0.5, -1.5, -9.0]], np.float32)
 MASK = np.array([[1, 1, 1], [1, 1, 0]], np.float32)
@@ -204,9 +200,6 @@ def test_wrong_arguments_are_named():
         grpo.grpo_loss(*arrays, beta=0.1)
 
 
-# ---------------------------------------------------------------- log-probabilities
-
-
 @pytest.fixture
 def head_and_states():
     mx.random.seed(3)
@@ -258,9 +251,6 @@ def test_token_logps_of_an_improbable_token_stay_finite():
     logits = mx.array([[0.0, 200.0]])
     logp, _ = grpo.token_logps(logits, mx.array([0]), lambda h: h)
     assert logp.item() == pytest.approx(-200.0)
-
-
-# ---------------------------------------------------------------- completions of a model
 
 
 @pytest.fixture(scope="module")
@@ -323,14 +313,19 @@ def test_log_probabilities_depend_on_the_prompt(lora_model):
     assert abs(logps[0, 0].item() - logps[1, 0].item()) > 1e-3
 
 
+@pytest.mark.parametrize("mask_truncated", [False, True])
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
-def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type):
+def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type, mask_truncated):
     model, _ = lora_model
     rollouts = some_rollouts()
-    active = sum(len(r.tokens) for r in rollouts)
+    rollouts[1].finished = rollouts[2].finished = False
+    active = active_tokens(rollouts, mask_truncated)
+    assert active == (24 - 4 - 7 if mask_truncated else 24)
 
     def loss_of(batch):
         logps, mask, _ = completion_logps(model, batch, 1.0)
+        if mask_truncated:
+            mask = mask * mx.array([[int(r.finished)] for r in batch])
         loss, _ = grpo.grpo_loss(
             logps,
             mask,
@@ -339,7 +334,7 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type):
             normalizer=active,
             max_completion_length=30,
         )
-        return loss * batch_share(batch, rollouts, loss_type)
+        return loss * batch_share(batch, rollouts, loss_type, mask_truncated)
 
     both = nn.value_and_grad(model, loss_of)
     full_loss, full = both(rollouts)
