@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,44 +36,6 @@ def rows() -> Path:
 
 
 @pytest.fixture(scope="session")
-def taught_qwen3(tmp_path_factory: pytest.TempPathFactory, tiny_qwen3: Path, rows: Path) -> Path:
-    """The tiny Qwen3 after forty steps on its four shortest rows: its completions end. Read only."""
-    import mlx.core as mx
-    import mlx.nn as nn
-    import mlx.optimizers as optim
-    from mlx.utils import tree_flatten
-
-    import model as models
-    from dataset.schema import load_rows
-    from sft import collate, tokenize
-
-    folder = tmp_path_factory.mktemp("models") / "taught-qwen3"
-    shutil.copytree(tiny_qwen3, folder)
-    model, tokenizer = models.load_base(folder), models.load_tokenizer(folder)
-    examples = load_rows(str(rows)).train
-    prompts = [tokenizer.encode(render_prompt(e.query), add_special_tokens=False) for e in examples]
-    tokenized, _ = tokenize(examples, prompts, tokenizer, final_newline=True, max_length=512)
-    shortest = sorted(tokenized, key=lambda row: len(row.ids))[:4]
-    inputs, where, targets, weights, total = collate(shortest)
-
-    def loss(model: nn.Module) -> mx.array:
-        states = models.hidden_states(model, inputs)
-        logits = models.lm_head(model)(states.reshape(-1, states.shape[-1])[where])
-        return (nn.losses.cross_entropy(logits, targets) * weights).sum() / total
-
-    model.unfreeze()
-    optimizer, value_and_grad = optim.Adam(5e-3), nn.value_and_grad(model, loss)
-    for _ in range(40):
-        _, gradient = value_and_grad(model)
-        optimizer.update(model, gradient)
-        mx.eval(model.parameters(), optimizer.state)
-    mx.save_safetensors(
-        str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"}
-    )
-    return folder
-
-
-@pytest.fixture(scope="session")
 def run() -> Callable[..., subprocess.CompletedProcess[str]]:
     """`run(["train.py", "sft", "--help"])`: a command of the project in a process of its own.
 
@@ -102,10 +63,12 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def hub_root(tmp_path: Path, taught_qwen3: Path, rows: Path) -> Path:
+def hub_root(tmp_path: Path, rows: Path) -> Path:
     """What the loopback Hub serves; uploads land in its `uploads/`, requests in `requests.log`."""
     root = tmp_path / "hub"
-    shutil.copytree(taught_qwen3, root / "models" / MODEL_ID)
+    # One layer, and completions that end: the default GRPO takes 200 steps.
+    small = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 1, "ffn": 32}
+    tiny.end_early(tiny.make_qwen3(root / "models" / MODEL_ID, **small))
     dataset = root / "datasets" / DATASET_ID
     dataset.mkdir(parents=True)
     with (dataset / "train.jsonl").open("w", encoding="utf-8") as file:
@@ -118,7 +81,7 @@ def hub_root(tmp_path: Path, taught_qwen3: Path, rows: Path) -> Path:
 def hub(hub_root: Path, tmp_path: Path) -> Iterator[dict[str, str]]:
     """A running loopback Hub; yields the environment that makes a command use it.
 
-    It serves the taught tiny Qwen3 as Qwen/Qwen3-1.7B, and the rows as the published data set.
+    It serves a tiny Qwen3 as Qwen/Qwen3-1.7B, and the rows as the published data set.
     """
     server = subprocess.Popen(
         [sys.executable, ROOT / "tests" / "fake_hub.py", hub_root],

@@ -10,12 +10,16 @@ import sys
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import pytest
 import tiny
 from chains import make_chain
+from mlx.utils import tree_flatten
 
 import convert
 import model as models
+from checkpoint import save_arrays
 from model import read_chain
 from prompt import render_prompt, user_message
 from qmd import QMD_SYSTEM_PROMPT
@@ -23,10 +27,12 @@ from vocabulary import PROBES
 
 HERE = Path(__file__).parent
 QUERIES = ("auth config", "flights to Lisbon in May", "日本語 search")
+# Short enough to be over, end token included, in so many steps.
+ANSWERS = ("lex: auth\n<|im_end|>", "vec: flights to Lisbon\n<|im_end|>", "lex: 日本\n<|im_end|>")
 STEPS = 16
 
 
-def export(folder: Path, output: Path, kind: str = "f16") -> Path:
+def export(folder: Path, output: Path, kind: str) -> Path:
     arguments = ["convert.py", "--model", str(folder), "--output", str(output)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [*arguments, "--quantize", kind, "--name", "tiny"])
@@ -68,34 +74,70 @@ def mlx(model, ids: list[int]) -> list[int]:
     return found
 
 
-@pytest.fixture(scope="class", params=["tied", "untied", "llama"])
-def exported(request, tmp_path_factory) -> tuple[Path, dict, list[list[int]], Path]:
-    """A chain's folder, what llama.cpp says about its F16 file, the prompts, a folder to write in.
+# The seeds are chosen: in float32 the two best of the 48 choices of a greedy answer are never
+# nearer than 0.7 % of the logits' spread, ten times what F16 rounds away.
+BASES = {
+    "tied": lambda folder: tiny.make_qwen3(folder, hidden=32, full_vocab=True, seed=3),
+    "untied": lambda folder: tiny.make_qwen3(
+        folder, tied=False, hidden=32, full_vocab=True, seed=21
+    ),
+    "llama": lambda folder: tiny.make_llama(folder, seed=4),
+}
+
+
+@pytest.fixture(scope="class", params=BASES)
+def exported(request, tmp_path_factory) -> tuple[Path, dict, list[list[int]]]:
+    """A chain's folder, what llama.cpp says about its F16 file, the prompts.
 
     The Qwen3s have the real one's 151,936 rows of vocabulary.
     """
     root = tmp_path_factory.mktemp(request.param)
-    if request.param == "llama":
-        base = tiny.make_llama(root / "base")
-    else:
-        tied = request.param == "tied"
-        base = tiny.make_qwen3(root / "base", tied=tied, hidden=32, full_vocab=True)
+    base = BASES[request.param](root / "base")
     folder = make_chain(root, base)
     ids = prompts(models.load_tokenizer(base))
-    return folder, llama_cpp(export(folder, root / "gguf"), ids, root), ids, root
+    return folder, llama_cpp(export(folder, root / "gguf", "f16"), ids, root), ids
+
+
+@pytest.fixture(scope="class")
+def taught(tmp_path_factory) -> Path:
+    """A Qwen3 with rows of 256 values, as K-quants need, that knows an answer to each query."""
+    folder = tiny.make_qwen3(
+        tmp_path_factory.mktemp("taught") / "base", hidden=256, heads=4, kv_heads=2, ffn=256
+    )
+    model, tokenizer = models.load_base(folder), models.load_tokenizer(folder)
+    rows = [
+        prompt + tokenizer.encode(answer, add_special_tokens=False)
+        for prompt, answer in zip(prompts(tokenizer), ANSWERS, strict=True)
+    ]
+
+    def loss(model: nn.Module) -> mx.array:
+        return sum(
+            nn.losses.cross_entropy(model(mx.array([row[:-1]]))[0], mx.array(row[1:])).mean()
+            for row in rows
+        )
+
+    model.unfreeze()
+    optimizer, value_and_grad = optim.Adam(2e-3), nn.value_and_grad(model, loss)
+    for _ in range(60):
+        value, gradient = value_and_grad(model)
+        optimizer.update(model, gradient)
+        mx.eval(model.parameters(), optimizer.state, value)
+    print(value)
+    save_arrays(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
+    return folder
 
 
 class TestLlamaCpp:
     __test__ = (HERE / "node_modules" / "node-llama-cpp").is_dir()
 
     def test_greedy_answers_are_those_of_mlx(self, exported):
-        folder, found, ids, _ = exported
+        folder, found, ids = exported
         model, _ = models.load_chain(read_chain(str(folder)), fuse_last=True)
         assert found["greedy"] == [mlx(model, prompt) for prompt in ids]
 
     def test_without_the_last_adapter_they_differ(self, exported):
         """The test above can fail: the SFT model alone, and the base alone, answer otherwise."""
-        folder, found, ids, _ = exported
+        folder, found, ids = exported
         for name in (folder / "sft", read_chain(str(folder)).path):
             model, _ = models.load_chain(read_chain(str(name)), fuse_last=True)
             answers = [mlx(model, prompt) for prompt in ids]
@@ -107,28 +149,20 @@ class TestLlamaCpp:
             assert same < len(ids) * STEPS / 2
 
     def test_tokens_are_those_of_the_base(self, exported):
-        folder, found, _, _ = exported
+        folder, found, _ = exported
         tokenizer = models.load_tokenizer(read_chain(str(folder)).path)
         for text, tokens in zip(PROBES, found["tokens"], strict=True):
             assert tokens == tokenizer.encode(text, add_special_tokens=False), text
 
     def test_the_prompt_qmd_makes(self, exported):
         """The trained frame with QMD's system turn: no BOS in front, no think block."""
-        _, found, _, _ = exported
+        _, found, _ = exported
         assert found["wrapper"] == "JinjaTemplate"
         assert found["chat"] == render_prompt("auth config", QMD_SYSTEM_PROMPT)
 
-    @pytest.mark.parametrize("kind", ["q8_0", "q4_k_m"])
-    def test_quantised_files_load_and_answer(self, tmp_path, kind):
-        """Random weights do not survive 4 bits word for word; the first token mostly does."""
-        base = tiny.make_qwen3(
-            tmp_path / "base", hidden=256, layers=4, heads=2, kv_heads=1, ffn=256
-        )
-        ids = prompts(models.load_tokenizer(base))
-        found = llama_cpp(export(base, tmp_path / "gguf", kind), ids, tmp_path)
-        model = models.load_base(base)
-        same = [
-            answer[0] == mlx(model, prompt)[0]
-            for answer, prompt in zip(found["greedy"], ids, strict=True)
-        ]
-        assert sum(same) >= 2
+    @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
+    def test_every_type_keeps_what_was_learnt(self, taught, tmp_path, kind):
+        tokenizer = models.load_tokenizer(taught)
+        found = llama_cpp(export(taught, tmp_path, kind), prompts(tokenizer), tmp_path)
+        for tokens, answer in zip(found["greedy"], ANSWERS, strict=True):
+            assert tokenizer.decode(tokens).startswith(answer)

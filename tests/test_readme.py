@@ -22,7 +22,9 @@ def printed_commands() -> list[str]:
     return list(dict.fromkeys(line for line in lines if line.startswith("python ")))
 
 
-def test_every_command_as_printed(run, hub, tmp_path):
+def test_every_command_as_printed(run, hub, hub_root, tmp_path):
+    folder = tmp_path / "work"
+    folder.mkdir()
     commands = printed_commands()
     assert {shlex.split(command)[1] for command in commands} >= {
         "train.py",
@@ -34,22 +36,28 @@ def test_every_command_as_printed(run, hub, tmp_path):
         _, script, *rest = shlex.split(command)
         if "--compare" in rest:
             for name in ("before.json", "after.json"):
-                shutil.copy(tmp_path / "results.json", tmp_path / name)
-        done = run([script, *rest], cwd=tmp_path, env=hub, timeout=300)
+                shutil.copy(folder / "results.json", folder / name)
+        done = run([script, *rest], cwd=folder, env=hub, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         printed[command] = done.stdout
 
-    assert "next: python train.py grpo" in printed["python train.py sft"]
-    record = json.loads((tmp_path / "outputs/grpo/sft/adapter_config.json").read_text())
-    assert record["model"] == "Qwen/Qwen3-1.7B"
-    assert record["lora_parameters"]["scale"] == 2.0
-    assert len(record["revision"]) == 40
-    assert json.loads((tmp_path / "outputs/grpo/run.json").read_text())["stage"] == "grpo"
-    written = sorted(path.suffix for path in (tmp_path / "outputs/gguf").iterdir())
-    assert ".gguf" in written
-    modelfile = (tmp_path / "outputs/gguf/Modelfile").read_text()
-    assert (tmp_path / "outputs/gguf" / modelfile.split()[1]).is_file()
+    assert (
+        "48 rows read, 24 duplicate queries dropped: 22 to train on, 2 to validate on"
+        in (printed["python train.py sft"])
+    )
+    grpo = folder / "outputs" / "grpo"
+    beneath = json.loads((grpo / "sft" / "adapter_config.json").read_text())
+    assert beneath["model"] == "Qwen/Qwen3-1.7B" and len(beneath["revision"]) == 40
+    assert beneath["lora_parameters"]["scale"] == 2.0
+    result = json.loads((grpo / "run.json").read_text())
+    assert result["steps"] == 200 and result["prompts"] == 22
+    gguf = folder / "outputs" / "gguf"
+    assert (gguf / (gguf / "Modelfile").read_text().split()[1]).is_file()
     assert "ollama create" in printed["python convert.py"]
+    # Nothing is uploaded that nobody asked for.
+    assert not (hub_root / "uploads").exists()
+    requests = (hub_root / "requests.log").read_text().splitlines()
+    assert {line.split()[0] for line in requests} <= {"GET", "HEAD"}
 
 
 def test_the_two_commands_are_scripts_of_the_project():

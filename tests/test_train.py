@@ -16,7 +16,6 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import tiny
-from safetensors.numpy import load_file, save_file
 
 from model import read_chain
 
@@ -50,26 +49,10 @@ def sets(settings: Sequence[str]) -> list[str]:
     return [part for setting in settings for part in ("--set", setting)]
 
 
-def end_early(folder: Path) -> Path:
-    """Make a random model end most completions within a few tokens.
-
-    An empty expansion earns points where a random one earns none, so rewards differ within a
-    group, and rollouts are short.
-    """
-    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
-    weights = load_file(folder / "model.safetensors")
-    embeddings = weights["model.embed_tokens.weight"].copy()
-    embeddings[:, 0] += 10  # what every hidden state then points to
-    embeddings[end, 0] += 4
-    weights["model.embed_tokens.weight"] = embeddings
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def base(tiny_qwen3: Path, tmp_path_factory) -> Path:
     """The tiny Qwen3, but one that ends its completions."""
-    return end_early(shutil.copytree(tiny_qwen3, tmp_path_factory.mktemp("base") / "qwen3"))
+    return tiny.end_early(shutil.copytree(tiny_qwen3, tmp_path_factory.mktemp("base") / "qwen3"))
 
 
 def train(folder: Path, stage: str, *options: str | Path, **more) -> str:
@@ -412,27 +395,6 @@ def test_a_stage_that_is_none(capfd, monkeypatch):
 
 
 # The Hub
-
-
-def test_the_default_files_against_the_hub(hub, hub_root, tmp_path):
-    """`python train.py sft` and `python train.py grpo`, with no option at all."""
-    served = hub_root / "models" / "Qwen" / "Qwen3-1.7B"
-    end_early(tiny.make_qwen3(served, layers=1, hidden=32, heads=2, kv_heads=1, ffn=32))
-    folder = tmp_path / "work"
-    folder.mkdir()
-    environment = {"env": os.environ | hub}
-    said = train(folder, "sft", **environment)
-    assert "48 rows read, 24 duplicate queries dropped: 22 to train on, 2 to validate on" in said
-    train(folder, "grpo", **environment)
-    assert {path.name for path in (folder / "outputs").iterdir()} == {"sft", "grpo"}
-    output = folder / "outputs" / "grpo"
-    beneath = json.loads((output / "sft" / "adapter_config.json").read_text())
-    assert beneath["model"] == "Qwen/Qwen3-1.7B" and len(beneath["revision"]) == 40
-    result = json.loads((output / "run.json").read_text())
-    assert result["steps"] == 200 and result["prompts"] == 22
-    assert not (hub_root / "uploads").exists()
-    requests = (hub_root / "requests.log").read_text().splitlines()
-    assert {line.split()[0] for line in requests} <= {"GET", "HEAD"}
 
 
 def one_line(done: subprocess.CompletedProcess) -> str:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 from tokenizers import (
     AddedToken,
     Regex,
@@ -368,4 +368,20 @@ def _write(
     ):
         text = json.dumps(value, ensure_ascii=False, indent=2) + "\n"
         (folder / name).write_text(text, encoding="utf-8")
+    return folder
+
+
+def end_early(folder: Path) -> Path:
+    """Make a random model end most completions within a few tokens.
+
+    An empty expansion earns points where a random one earns none, so rewards differ within a
+    group, and rollouts are short.
+    """
+    end = json.loads((folder / "config.json").read_text())["eos_token_id"]
+    weights = load_file(folder / "model.safetensors")
+    embeddings = weights["model.embed_tokens.weight"].copy()
+    embeddings[:, 0] += 10  # what every hidden state then points to
+    embeddings[end, 0] += 4
+    weights["model.embed_tokens.weight"] = embeddings
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
