@@ -33,12 +33,12 @@ train sft
 step "GRPO"
 train grpo
 
-# Every third query of the evaluation set, from every category; none is in the training rows.
-awk '/^#/ { print; next } NF && ++n % 3 == 1' evals/queries.txt >$demo/queries.txt
+# Every fourth query of the evaluation set, from every category; none is in the training rows.
+awk '/^#/ { print; next } NF && ++n % 4 == 1' evals/queries.txt >$demo/queries.txt
 evaluate() { # name model
     if [ ! "$demo/$1.json" -nt "$2" ]; then
         step "evaluating $1"
-        "$python" eval.py --model "$2" --queries $demo/queries.txt --max-new-tokens 150 \
+        "$python" eval.py --model "$2" --queries $demo/queries.txt --max-new-tokens 120 \
             -o "$demo/$1.json" >"$demo/$1.txt"
     fi
 }
