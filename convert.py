@@ -159,8 +159,9 @@ def write_gguf_files(chain, arguments: argparse.Namespace, name: str) -> list[Pa
         file = gguf_file.plan(config, vocabulary, name, kind, weights.shapes)
         free = shutil.disk_usage(temporary.parent).free
         if file.nbytes > free:
-            raise OSError(f"{file.nbytes / 1e9:.2f} GB needed, {free / 1e9:.2f} GB free")
-        samples = file.write(temporary, weights, cli.Progress(path.name, len(file.tensors)))
+            raise OSError(f"{file.nbytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+        bar = cli.Progress(f"{path.name}: MB", file.nbytes // 10**6)
+        samples = file.write(temporary, weights, lambda done: bar(done // 10**6))
         if arguments.verify:
             try:
                 file.check(temporary, samples)
@@ -176,7 +177,7 @@ def write_gguf_files(chain, arguments: argparse.Namespace, name: str) -> list[Pa
         except OSError as error:
             raise OSError(f"cannot write {path}: {error.strerror or error}") from None
         took = cli.duration(time.monotonic() - started)
-        print(f"{path}: {path.stat().st_size / 1e9:.2f} GB, {took}")
+        print(f"{path}: {path.stat().st_size / 1e6:,.0f} MB, {took}")
         paths.append(path)
     return paths
 

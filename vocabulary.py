@@ -18,7 +18,8 @@ from prompt import IM_END, IM_START
 # - QMD takes any ChatML template that node-llama-cpp 3.20.0 finds equal to its own ChatML wrapper
 #   for that wrapper, which puts the BOS token in front of the prompt. Training ends at <|im_end|>,
 #   so there is no newline after an assistant's turn here; this one difference makes the template
-#   itself be rendered: no BOS, no think block, the trained bytes.
+#   itself be rendered: no BOS, no think block, the trained bytes. The system turn that
+#   node-llama-cpp adds has to be there: it turns down a template that leaves a message out.
 # - Ollama 0.30 and later lets a Modelfile's TEMPLATE stand when the file's own template can do
 #   nothing more. The stock Qwen3 template can (tools, thinking), and would replace it.
 CHAT_TEMPLATE = (
@@ -138,7 +139,8 @@ def _pre_tokenizer(found: dict) -> str | None:
     steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
     for name, expected in PRE_TOKENIZERS.items():
         same = len(steps) == len(expected) and all(
-            step.items() >= wanted.items() for step, wanted in zip(steps, expected, strict=True)
+            ({"use_regex": True} | step).items() >= wanted.items()  # True is its default
+            for step, wanted in zip(steps, expected, strict=True)
         )
         if same and bool(found["model"].get("ignore_merges")) == (name == IGNORES_MERGES):
             return name

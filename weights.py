@@ -17,6 +17,7 @@ from model import (
     ModelError,
     adapter_weights,
     adapters_off,
+    compute_dtype,
     fused_weight,
     load_adapter,
     load_base,
@@ -68,6 +69,11 @@ class FusedWeights:
             name: array for name, array in tree_flatten(model.parameters()) if name not in packed
         }
         self.shapes = {name: self._shape(name) for name in self._arrays}
+        # As stored: the model's arrays are whole tensors in another dtype, pieces are cast one by one.
+        for file in chain.path.glob("model*.safetensors"):
+            for name, array in mx.load(str(file)).items():
+                if self.shapes.get(name) == array.shape:
+                    self._arrays[name] = array
 
     def _shape(self, name: str) -> tuple[int, ...]:
         *rows, width = self._arrays[name].shape
@@ -83,10 +89,12 @@ class FusedWeights:
         step = max(PIECE // width // multiple, 1) * multiple
         for first in range(0, rows, step):
             part = slice(first, first + step)
-            piece = array[part] if layer is None else _dequantised(layer, part)
+            if layer is None:
+                piece = array[part].astype(compute_dtype()).astype(mx.float32)
+            else:
+                piece = _dequantised(layer, part)
             # On the CPU: a GPU may shorten the factors of a float32 product.
             with mx.stream(mx.cpu):
-                piece = piece.astype(mx.float32)
                 for a, b, scale in adapters:
                     piece = fused_weight(piece, a, b[:, part], scale)
                 values = np.array(piece)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
 import mlx.core as mx
@@ -556,7 +557,7 @@ def test_a_full_disk(chain, export, tmp_path, monkeypatch):
     arguments = ("--model", chain, "--output", tmp_path, "--quantize", "f16")
     name = "qmd-query-expansion-tiny-qwen3-f16.gguf"
 
-    def fill(file, tensor, source):
+    def fill(file, *arguments):
         file.write(bytes(1000))
         raise OSError(28, "No space left on device")
 
@@ -565,9 +566,8 @@ def test_a_full_disk(chain, export, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=f"cannot write {tmp_path}/{name}: No space left"):
             export(*arguments)
     assert list(tmp_path.iterdir()) == []
-    free = shutil._ntuple_diskusage(100, 100, 0)
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(OSError, match=r"0\.00 GB needed, 0\.00 GB free"):
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    with pytest.raises(OSError, match=r"MB needed, 0 MB free"):
         export(*arguments)
     assert list(tmp_path.iterdir()) == []
 
@@ -690,6 +690,12 @@ def test_peft_needs_an_adapter(tiny_qwen3, export, tmp_path):
     with pytest.raises(ValueError, match="has no adapter: --peft needs one"):
         export("--model", tiny_qwen3, "--peft", tmp_path / "peft")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_help_names_every_type():
+    assert tuple(gguf_file.FILE_TYPES) == convert.TYPES
+    kinds = set(kquants.BASE_TYPES.values()) | set(kquants.NARROW_TYPES.values())
+    assert kinds == gguf_file.ERROR_BOUNDS.keys()
 
 
 def test_help_is_quick_and_needs_no_model(run, tmp_path):

@@ -183,7 +183,7 @@ def test_neither_adapter_nor_model(name, evaluate):
 
 
 def test_greedy_text_is_the_same_alone_and_in_a_batch(trained, queries, evaluate):
-    args = ("--model", trained["sft"], "--max-new-tokens", "40")
+    args = ("--model", trained["sft"], "--max-new-tokens", "24")
     for size in (1, 2, 32):
         done = evaluate(*args, "--queries", queries, "--batch-size", size, "-o", f"{size}.json")
         assert done.code == 0, done.err

@@ -32,22 +32,31 @@ ANSWERS = ("lex: auth\n<|im_end|>", "vec: flights to Lisbon\n<|im_end|>", "lex: 
 STEPS = 16
 
 
-def export(folder: Path, output: Path, kind: str) -> Path:
-    arguments = ["convert.py", "--model", str(folder), "--output", str(output)]
+def export(folder: Path, output: Path, *kinds: str) -> list[Path]:
+    arguments = [
+        "convert.py",
+        "--model",
+        folder,
+        "--output",
+        output,
+        "--name",
+        "tiny",
+        "--quantize",
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*arguments, "--quantize", kind, "--name", "tiny"])
+        patch.setattr(sys, "argv", [*map(str, arguments), *kinds])
         convert.main()
-    return output / f"tiny-{kind}.gguf"
+    return [output / f"tiny-{kind}.gguf" for kind in kinds]
 
 
 def prompts(tokenizer) -> list[list[int]]:
     return [tokenizer.encode(render_prompt(query), add_special_tokens=False) for query in QUERIES]
 
 
-def llama_cpp(path: Path, ids: list[list[int]], folder: Path) -> dict:
-    """What tests/llama_cpp.mjs finds out about a file."""
+def llama_cpp(paths: list[Path], ids: list[list[int]], folder: Path) -> list[dict]:
+    """What tests/llama_cpp.mjs finds out about each file."""
     request = {
-        "model": str(path),
+        "models": [str(path) for path in paths],
         "texts": PROBES,
         "prompts": ids,
         "steps": STEPS,
@@ -95,7 +104,8 @@ def exported(request, tmp_path_factory) -> tuple[Path, dict, list[list[int]]]:
     base = BASES[request.param](root / "base")
     folder = make_chain(root, base)
     ids = prompts(models.load_tokenizer(base))
-    return folder, llama_cpp(export(folder, root / "gguf", "f16"), ids, root), ids
+    (found,) = llama_cpp(export(folder, root / "gguf", "f16"), ids, root)
+    return folder, found, ids
 
 
 @pytest.fixture(scope="class")
@@ -136,17 +146,15 @@ class TestLlamaCpp:
         assert found["greedy"] == [mlx(model, prompt) for prompt in ids]
 
     def test_without_the_last_adapter_they_differ(self, exported):
-        """The test above can fail: the SFT model alone, and the base alone, answer otherwise."""
+        """So the test above can fail: it would for a file of the SFT model."""
         folder, found, ids = exported
-        for name in (folder / "sft", read_chain(str(folder)).path):
-            model, _ = models.load_chain(read_chain(str(name)), fuse_last=True)
-            answers = [mlx(model, prompt) for prompt in ids]
-            same = sum(
-                a == b
-                for answer, other in zip(answers, found["greedy"], strict=True)
-                for a, b in zip(answer, other, strict=True)
-            )
-            assert same < len(ids) * STEPS / 2
+        model, _ = models.load_chain(read_chain(str(folder / "sft")), fuse_last=True)
+        same = [
+            ours == theirs
+            for prompt, answer in zip(ids, found["greedy"], strict=True)
+            for ours, theirs in zip(mlx(model, prompt), answer, strict=True)
+        ]
+        assert sum(same) < len(same) / 2
 
     def test_tokens_are_those_of_the_base(self, exported):
         folder, found, _ = exported
@@ -160,9 +168,11 @@ class TestLlamaCpp:
         assert found["wrapper"] == "JinjaTemplate"
         assert found["chat"] == render_prompt("auth config", QMD_SYSTEM_PROMPT)
 
-    @pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m"])
-    def test_every_type_keeps_what_was_learnt(self, taught, tmp_path, kind):
+    def test_every_type_keeps_what_was_learnt(self, taught, tmp_path):
         tokenizer = models.load_tokenizer(taught)
-        found = llama_cpp(export(taught, tmp_path, kind), prompts(tokenizer), tmp_path)
-        for tokens, answer in zip(found["greedy"], ANSWERS, strict=True):
-            assert tokenizer.decode(tokens).startswith(answer)
+        kinds = ("f32", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
+        paths = export(taught, tmp_path, *kinds)
+        results = llama_cpp(paths, prompts(tokenizer), tmp_path)
+        for kind, found in zip(kinds, results, strict=True):
+            for tokens, answer in zip(found["greedy"], ANSWERS, strict=True):
+                assert tokenizer.decode(tokens).startswith(answer), kind
