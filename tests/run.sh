@@ -5,9 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . examples/setup_venv.sh
 setup_venv requirements-dev.txt
-. examples/fast_blas.sh
 if command -v npm >/dev/null && [ ! -d tests/node_modules/node-llama-cpp ]; then
     echo "installing llama.cpp for the GGUF tests into tests/node_modules"
     npm install --prefix tests --no-audit --no-fund --ignore-scripts --loglevel=error
 fi
+. examples/fast_blas.sh
 "$python" -m pytest "$@"
