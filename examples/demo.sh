@@ -52,8 +52,8 @@ step "GGUF"
 step "results"
 "$python" -m examples.demo_table $demo/base.json $demo/SFT.json $demo/GRPO.json
 for query in "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"; do
-    printf '\n$ python eval.py --model %s --query "%s"\n' "$demo/grpo" "$query"
-    "$python" eval.py --model $demo/grpo --query "$query"
+    printf '\n$ python eval.py --model %s --decode qmd --query "%s"\n' "$demo/grpo" "$query"
+    "$python" eval.py --model $demo/grpo --decode qmd --query "$query"
 done
 cat <<TEXT
 
