@@ -24,7 +24,6 @@ from qmd import SAMPLING
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # q4_k_m is the type QMD's own model comes in, half the size of q8_0, which keeps more.
 DEFAULT_TYPES = ("q4_k_m", "q8_0")
-TRAINED = (Path("outputs/grpo"), Path("outputs/sft"))
 MAX_NAME = 80
 NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 NAME_RULE = (
@@ -93,18 +92,6 @@ def check_ollama(name: str) -> None:
         raise ValueError(f"--ollama {name}: Ollama refuses it; {NAME_RULE}")
     if shutil.which("ollama") is None:
         raise ValueError("--ollama: there is no ollama command here; install it from ollama.com")
-
-
-def trained_model() -> str:
-    """The last stage that has been trained.
-
-    Raises:
-        ValueError: none has.
-    """
-    for folder in TRAINED:
-        if (folder / "adapter_config.json").is_file():
-            return str(folder)
-    raise ValueError("no model yet: run python train.py sft first, or name one with --model")
 
 
 def default_name(base: str) -> str:
@@ -210,7 +197,7 @@ def main() -> None:
     import mlx.core as mx
 
     from checkpoint import write_text
-    from model import read_chain
+    from model import read_chain, trained_model
 
     mx.set_cache_limit(0)  # freed tensors go back to the system
     chain = read_chain(arguments.model or trained_model())

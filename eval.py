@@ -149,16 +149,6 @@ def choose_queries(args: argparse.Namespace, golden: dict) -> Queries:
     return queries[: args.max_queries]
 
 
-def default_model() -> str:
-    for folder in ("outputs/grpo", "outputs/sft"):
-        if Path(folder, "adapter_config.json").is_file():
-            return folder
-    raise ValueError(
-        "no model is named and neither outputs/grpo nor outputs/sft holds one: train one with "
-        "python train.py sft, or name one with --model"
-    )
-
-
 def decode_settings(args: argparse.Namespace) -> dict:
     """What decides the text besides the model; --compare warns where two runs differ in it."""
     from dataclasses import asdict
@@ -348,7 +338,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if not args.score_only:
         import model as models
 
-        chain, settings = models.read_chain(args.model or default_model()), decode_settings(args)
+        chain = models.read_chain(args.model or models.trained_model())
+        settings = decode_settings(args)
         results, speed = expand(chain, queries, settings, args.batch_size, args.seed)
 
     leaks = find_leaks(chain, results)

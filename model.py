@@ -89,6 +89,21 @@ def _read_json(path: Path) -> dict:
     return value
 
 
+def trained_model() -> str:
+    """The folder of the last stage that has been trained, for a command that was named no model.
+
+    Raises:
+        ModelError: none has.
+    """
+    for folder in ("outputs/grpo", "outputs/sft"):
+        if Path(folder, ADAPTER_CONFIG).is_file():
+            return folder
+    raise ModelError(
+        "no model is named and neither outputs/grpo nor outputs/sft holds one: run python train.py "
+        "sft first, or name one with --model"
+    )
+
+
 def read_chain(name: str) -> Chain:
     """Follow an adapter folder's records down to the base; a base model is a chain without adapters.
 
