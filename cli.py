@@ -9,6 +9,7 @@ if sys.version_info < (3, 11):
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 
 class Interrupted(Exception):
@@ -24,17 +25,22 @@ def run(main: Callable[[], int | None]) -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    rank = int(os.environ.get("MLX_RANK", "0"))  # of the processes that mlx.launch starts
+    if rank:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115, till the end
+    label = f"rank {rank}: error" if rank else "error"
     try:
         sys.exit(main() or 0)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
+        if not rank:
+            print(stop, file=sys.stderr)
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
     except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{label}: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -20,20 +20,20 @@ def read_results(path: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ValueError(f"--compare {path}: cannot be read: {error.strerror}") from None
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"--compare {path}: not a JSON file: {error}") from None
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(record, dict) or "schema" not in record:
-        raise ValueError(f"--compare {path}: not a results file; write one with eval.py -o")
+        raise ValueError(f"{path}: not a results file; write one with eval.py -o")
     if record["schema"] != SCHEMA:
         raise ValueError(
-            f"--compare {path}: its schema is {record['schema']!r}, this version reads {SCHEMA}; "
+            f"{path}: its schema is {record['schema']!r}, this version reads {SCHEMA}; "
             "evaluate again with -o"
         )
     results = record.get("results")
     complete = isinstance(results, list) and {"model", "decode"} <= record.keys()
     if not complete or not all(isinstance(x, dict) and x.keys() >= RESULT_KEYS for x in results):
-        raise ValueError(f"--compare {path}: the results are incomplete; evaluate again with -o")
+        raise ValueError(f"{path}: the results are incomplete; evaluate again with -o")
     return record
 
 
@@ -83,7 +83,7 @@ def _seen(a: dict, b: dict) -> bool:
     return a["trained_on"] or b["trained_on"]
 
 
-def _rows(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
+def side_by_side(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
     """The figures of A and B side by side, and B less A."""
 
     def row(name: str, pick, form: str) -> tuple[str, ...]:
@@ -104,11 +104,9 @@ def _rows(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
     return rows
 
 
-def format_comparison(names: tuple[str, str], records: tuple[dict, dict], result: dict) -> str:
-    out = [
-        f"{letter}: {name}  ({(record['model'] or {}).get('name', 'scored only')})"
-        for letter, name, record in zip("AB", names, records, strict=True)
-    ]
+def format_difference(result: dict) -> str:
+    """The verdict of `compare` with its interval, and what speaks against trusting it."""
+    out = []
     if result["settings"]:
         differing = (f"{name} {a} and {b}" for name, (a, b) in result["settings"].items())
         out.append(f"warning: A and B were decoded differently: {', '.join(differing)}")
@@ -117,7 +115,6 @@ def format_comparison(names: tuple[str, str], records: tuple[dict, dict], result
         "B scores higher" if low > 0 else "A scores higher" if high < 0 else "no difference shown"
     )
     out += [
-        "",
         f"B - A  {result['difference']:+.2f} points  ({CONFIDENCE} % interval {low:+.2f} to "
         f"{high:+.2f}): {verdict}",
         f"B wins {result['wins']}, loses {result['losses']}, ties {result['ties']} of "
@@ -129,7 +126,15 @@ def format_comparison(names: tuple[str, str], records: tuple[dict, dict], result
             f"LEAK: A or B was trained on {result['trained_on']} of them; "
             + (f"without these {rest:+.2f} points" if rest is not None else "none is left without")
         )
-    out += ["", table(_rows(result["summaries"]))]
+    return "\n".join(out)
+
+
+def format_comparison(names: tuple[str, str], records: tuple[dict, dict], result: dict) -> str:
+    out = [
+        f"{letter}: {name}  ({(record['model'] or {}).get('name', 'scored only')})"
+        for letter, name, record in zip("AB", names, records, strict=True)
+    ]
+    out += ["", format_difference(result), "", table(side_by_side(result["summaries"]))]
     if result["changes"]:
         out += ["", "largest changes:"]
     for change in result["changes"]:

@@ -22,14 +22,13 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 NO_EFFECT = {
     "model.trust_remote_code": "remote code is never run",
     "model.torch_dtype": "the dtype follows the device",
-    "model.push_to_hub": "training never uploads",
+    "model.push_to_hub": "convert.py publishes, by the evaluation",
     "training.save_strategy": "save_interval_minutes and save_steps decide",
     "training.ddp_find_unused_parameters": "a PyTorch setting",
     "generation.top_k": "rollouts sample by temperature alone",
     "generation.top_p": "rollouts sample by temperature alone",
     "generation.repetition_penalty": "rollouts sample by temperature alone",
     "gguf": "convert.py writes GGUF",
-    "tracking": "metrics.jsonl is always written",
 }
 # The same for keys that only the other stage reads.
 OTHER_STAGE = {
@@ -112,19 +111,19 @@ class Training:
 class Penalties:
     """Weights of the terms of penalties.py, taken off the reward."""
 
-    empty: float = key(0.0, least=0.0)
-    truncated: float = key(0.0, least=0.0)
-    extra_lines: float = key(0.0, least=0.0)
-    duplicate_lines: float = key(0.0, least=0.0)
-    dropped_lines: float = key(0.0, least=0.0)
-    no_final_newline: float = key(0.0, least=0.0)
+    empty: float = key(0.5, least=0.0)
+    truncated: float = key(0.3, least=0.0)
+    extra_lines: float = key(0.3, least=0.0)
+    duplicate_lines: float = key(0.3, least=0.0)
+    dropped_lines: float = key(0.3, least=0.0)
+    no_final_newline: float = key(0.1, least=0.0)
 
 
 @dataclass
 class Grpo:
-    num_generations: int = key(4, least=1)
+    num_generations: int = key(8, least=1)
     max_completion_length: int = key(200, least=1)
-    beta: float = key(0.04, least=0.0)
+    beta: float = key(0.02, least=0.0)
     epsilon_low: float = key(0.2, above=0.0, most=1.0)
     epsilon_high: float = key(0.2, above=0.0)
     num_iterations: int = key(1, least=1)
@@ -158,6 +157,7 @@ class Generation:
 
 @dataclass
 class Tracking:
+    to: str | None = key(None, choices=("trackio", "wandb"))
     project: str | None = None
     run_name: str | None = None
 
@@ -176,19 +176,20 @@ class Config:
     gguf: bool = False
 
 
-# What a grpo file leaves out where the two stages differ.
+# What a grpo file leaves out where the two stages differ: as configs/grpo.yaml has it.
 GRPO_DEFAULTS = {
     "model": {"output": "outputs/grpo"},
     "dataset": {"max_samples": 1000},
     "training": {
         "epochs": 1.0,
-        "max_steps": 200,
+        "max_steps": 60,
         "batch_size": 2,
         "gradient_accumulation_steps": 8,
-        "learning_rate": 5e-7,
+        "learning_rate": 1.5e-4,
+        "warmup_ratio": 0.0,
         "max_grad_norm": 0.5,
+        "eval_steps": 10,
     },
-    "lora": {"rank": 4, "alpha": 8.0, "dropout": 0.05, "target_modules": ["q_proj", "v_proj"]},
 }
 
 
@@ -360,6 +361,8 @@ def load_config(
 
     given = {dotted for _, raw in layers for dotted in _keys(raw)}
     reasons = NO_EFFECT | OTHER_STAGE[stage]
+    if "tracking.to" not in given:  # a file of the original names a project and no tracker
+        reasons |= {"tracking": "no run is tracked unless tracking.to names where"}
     ignored = [f"{name} ({why})" for name, why in reasons.items() if name in given]
     return config, ignored
 

@@ -1,11 +1,13 @@
 """Batched decoding, one for rollouts and evaluation: every prompt prefilled once, rows refilled."""
 
+import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from model import hidden_states, lm_head
 
@@ -30,14 +32,39 @@ class Sampler:
         return mx.argmax(logits, axis=-1), state
 
 
-class TemperatureSampler(Sampler):
+class KeyedSampler(Sampler):
+    """Every sequence has a random key of its own: its text does not depend on the others in the batch."""
+
+    def __init__(self, keys: np.ndarray):
+        """
+        Args:
+            keys: (sequences, 2) uint32, in the order in which the sequences are started.
+        """
+        self.keys = mx.array(keys)
+        self.started = 0
+
+    def start(self, rows):
+        first, self.started = self.started, self.started + rows
+        return [self.keys[first : self.started]]
+
+
+class TemperatureSampler(KeyedSampler):
     """softmax(logits / T), drawn by the Gumbel trick: no sorting."""
 
-    def __init__(self, temperature: float):
+    def __init__(self, temperature: float, keys: np.ndarray):
+        super().__init__(keys)
         self.temperature = temperature
 
     def __call__(self, logits, state):
-        return mx.random.categorical(logits / self.temperature), state
+        split = mx.vmap(mx.random.split)(state[0])  # (B, 2, 2)
+        draw = mx.vmap(lambda row, key: mx.random.categorical(row, key=key))
+        return draw(logits / self.temperature, split[:, 1]), [split[:, 0]]
+
+
+def random_keys(names: Sequence[str], seed: int) -> np.ndarray:
+    """A key for every sequence, from the seed and the sequence's own name alone: (N, 2) uint32."""
+    digests = [hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8] for name in names]
+    return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)
 
 
 def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]], copies: Sequence[int]):

@@ -79,27 +79,6 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def read_queries(path: Path) -> Queries:
-    """The file's queries, each once: "# name" opens a category, any other "#" line is a comment."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"--queries {path}:{line}: not UTF-8 ({error.reason})") from None
-    except OSError as error:
-        raise ValueError(f"--queries {path}: cannot be read: {error.strerror}") from None
-    queries: dict[str, str | None] = {}
-    category = None
-    for line in map(str.strip, text.split("\n")):
-        if line.startswith("# "):
-            category = line[2:].strip()
-        elif line and not line.startswith("#"):
-            queries.setdefault(line, category)
-    if not queries:
-        raise ValueError(f"--queries {path}: there is no query in it; write one a line")
-    return list(queries.items())
-
-
 def score_outputs(path: Path) -> list[dict]:
     """Results of the texts in a JSON Lines file; rows of one query are its samples.
 
@@ -140,6 +119,8 @@ def read_golden(path: Path) -> dict:
 
 def choose_queries(args: argparse.Namespace, golden: dict) -> Queries:
     """What the arguments ask for: one query, a file of them, those of the golden file, or ours."""
+    from dataset.schema import read_queries
+
     if args.query is not None:
         queries: Queries = [(args.query, None)]
     elif golden and not args.queries:
@@ -194,14 +175,14 @@ def encode_prompts(queries: Queries, tokenizer, config: dict, settings: dict) ->
 def expand(chain, queries: Queries, settings: dict, batch_size: int, seed: int):
     """Decode every query: (results, speed)."""
     import model as models
-    from decode import Sampler, generate, length_groups
+    from decode import Sampler, generate, length_groups, random_keys
     from report import measure, result_of
 
     model, tokenizer = models.load_chain(chain, fuse_last=True)
     end, config = models.end_token(tokenizer), models.model_config(chain.path)
     prompts = encode_prompts(queries, tokenizer, config, settings)
     if settings["mode"] == "qmd":
-        from grammar import QmdSampler, random_keys, token_table
+        from grammar import QmdSampler, token_table
 
         grammar = token_table(tokenizer, config["vocab_size"], end)
 
@@ -270,24 +251,6 @@ def find_leaks(chain, results: list[dict]) -> dict:
     return leaks
 
 
-def describe(chain) -> dict:
-    return {
-        "name": chain.name,
-        "base": chain.base,
-        "revision": chain.revision,
-        "quantize_bits": chain.bits,
-        "adapters_sha256": chain.hashes(),
-    }
-
-
-def weight_hashes(chain) -> dict[str, str]:
-    """SHA-256 of a local base's weight files; a base from the Hub is known by its revision."""
-    from checkpoint import digest
-
-    files = [] if chain.revision else sorted(chain.path.glob("*.safetensors"))
-    return {path.name: digest(path) for path in files}
-
-
 def check_output(path: Path) -> None:
     """Fail before the work is done and not after it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +310,7 @@ def evaluate(args: argparse.Namespace) -> int:
     references = [wanted[result["query"]].lines for result in matched]
     record = {
         "schema": SCHEMA,
-        "model": describe(chain) if chain else None,
+        "model": chain.describe() if chain else None,
         "decode": settings,
         "seed": args.seed,
         "summary": summarize(results, args.seed),
@@ -361,7 +324,7 @@ def evaluate(args: argparse.Namespace) -> int:
         from checkpoint import write_json
 
         if chain:
-            record["model"]["weights_sha256"] = weight_hashes(chain)
+            record["model"]["weights_sha256"] = chain.base_hashes()
         write_json(args.output, record)
         print(f"\n{args.output}: results of {len(results)} queries")
     average = record["summary"]["average"]

@@ -8,13 +8,10 @@ bytes it gives a table of the state that each token leads to. Characters are UTF
 character may be split between tokens, but nothing may follow half of one.
 """
 
-import hashlib
-from collections.abc import Sequence
-
 import mlx.core as mx
 import numpy as np
 
-from decode import Sampler
+from decode import KeyedSampler
 from prompt import TYPES
 from qmd import SAMPLING, Sampling
 
@@ -135,30 +132,26 @@ def best_tokens(logits: mx.array, count: int) -> mx.array:
     return mx.take_along_axis(where, best // BLOCK, axis=-1) * BLOCK + best % BLOCK
 
 
-class QmdSampler(Sampler):
+class QmdSampler(KeyedSampler):
     """Sampling under the grammar as node-llama-cpp 3.20.0 does it for QMD.
 
     A token is drawn from the bare model: the `top_k` best, of these the fewest that hold `top_p`,
     then the temperature. Only when the grammar forbids it, a second one is drawn in the same way
     from the tokens that it allows. QMD's presence penalty has no effect there (qmd.py), so none here.
-
-    Every sequence has a random key of its own: its text does not depend on the others in the batch.
     """
 
     def __init__(self, table: np.ndarray, keys: np.ndarray, sampling: Sampling = SAMPLING):
         """
         Args:
             table: from `token_table`.
-            keys: (sequences, 2) uint32, in the order in which the sequences are started.
+            keys: as KeyedSampler's.
         """
+        super().__init__(keys)
         self.table = mx.array(table)
-        self.keys = mx.array(keys)
         self.sampling = sampling
-        self.started = 0
 
-    def start(self, rows: int) -> list[mx.array]:
-        first, self.started = self.started, self.started + rows
-        return [mx.full((rows,), START, mx.int32), self.keys[first : self.started]]
+    def start(self, rows):
+        return [mx.full((rows,), START, mx.int32), *super().start(rows)]
 
     def __call__(self, logits, state):
         at, keys = state  # (B,), (B, 2)
@@ -188,9 +181,3 @@ class QmdSampler(Sampler):
         chosen = (reached <= uniform * reached[:, -1:]).sum(axis=-1)
         chosen = mx.minimum(chosen, kept.sum(axis=-1) - 1)  # rounding may reach past the last one
         return mx.take_along_axis(best, chosen[:, None].astype(mx.int32), axis=-1)[:, 0]
-
-
-def random_keys(names: Sequence[str], seed: int) -> np.ndarray:
-    """A key for every sequence, from the seed and the sequence's own name alone: (N, 2) uint32."""
-    digests = [hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8] for name in names]
-    return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)

@@ -14,8 +14,8 @@ import mlx.nn as nn
 
 from model import hidden_states
 
-# Logits held at once by token_logps, in numbers: 128 MiB of float32.
-LOGIT_BUDGET = 1 << 25
+# Logits of one chunk of token_logps, in numbers: 64 MiB of float32.
+LOGIT_BUDGET = 1 << 24
 
 
 def sample_std(rewards: mx.array) -> mx.array:
@@ -71,11 +71,14 @@ def token_logps(
     """
     vocabulary = head(hidden[:1]).shape[-1]
     chunk = max(1, LOGIT_BUDGET // vocabulary)
-    logps, entropies = [], []
+    logps, entropies, done = [], [], []
     for start in range(0, hidden.shape[0], chunk):
         h = hidden[start : start + chunk]  # (n, D)
         ids = targets[start : start + chunk, None]  # (n, 1)
         frozen = mx.stop_gradient(h)
+        if done:
+            # MLX evaluates breadth first: without an order it would hold the logits of all chunks.
+            [frozen] = mx.depends([frozen], done)
         scaled = head(frozen).astype(mx.float32)  # (n, V)
         if temperature != 1.0:
             scaled = scaled / temperature
@@ -92,8 +95,10 @@ def token_logps(
             slope = mx.vjp(head, [frozen], [push.astype(h.dtype)])[1][0] / temperature  # (n, D)
             zero = ((frozen - h).astype(mx.float32) * mx.stop_gradient(slope)).sum(axis=-1)
             logp = mx.stop_gradient(logp) + zero
+        done = [logp]
         if with_entropy:
             entropies.append(mx.stop_gradient(lse[:, 0] - (probs * scaled).sum(axis=-1)))
+            done.append(entropies[-1])
         logps.append(logp)
     return mx.concatenate(logps), mx.concatenate(entropies) if with_entropy else None
 

@@ -8,7 +8,7 @@ by "parent"), so that a chain base → SFT → GRPO is found from its last folde
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -48,14 +48,29 @@ class Chain:
         """SHA-256 of every adapter file of the chain."""
         return {str(folder): digest(folder / ADAPTER_FILE) for folder in self.adapters}
 
+    def base_hashes(self) -> dict[str, str]:
+        """SHA-256 of a local base's weight files; a base from the Hub is known by its revision."""
+        files = [] if self.revision else sorted(self.path.glob("*.safetensors"))
+        return {path.name: digest(path) for path in files}
+
+    def describe(self) -> dict:
+        """What a results file of eval.py says of the model."""
+        return {
+            "name": self.name,
+            "base": self.base,
+            "revision": self.revision,
+            "quantize_bits": self.bits,
+            "adapters_sha256": self.hashes(),
+        }
+
 
 def compute_dtype() -> mx.Dtype:
     """bfloat16 on a GPU; float32 on the CPU, where half precision is slow."""
     return mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32
 
 
-def fetch(name: str, revision: str | None = None) -> Path:
-    """The folder of a base model: `name` itself, or the Hub's snapshot of it.
+def fetch(name: str, revision: str | None = None, files: Sequence[str] = DOWNLOADS) -> Path:
+    """The folder of a base model: `name` itself, or the Hub's snapshot of its `files`.
 
     Raises:
         ModelError: no such folder, or the Hub cannot be reached or does not have it.
@@ -69,7 +84,7 @@ def fetch(name: str, revision: str | None = None) -> Path:
 
     try:
         return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=DOWNLOADS)
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(files))
         )
     except Exception as error:  # requests, httpx, OSError and the Hub's own types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
@@ -104,15 +119,17 @@ def trained_model() -> str:
     )
 
 
-def read_chain(name: str) -> Chain:
+def read_chain(name: str, files: Sequence[str] = DOWNLOADS) -> Chain:
     """Follow an adapter folder's records down to the base; a base model is a chain without adapters.
+
+    Of a base on the Hub, `files` are downloaded.
 
     Raises:
         ModelError: `name` is neither an adapter folder, a model folder nor a model on the Hub.
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
-        path = fetch(name)
+        path = fetch(name, files=files)
         if not (path / "config.json").is_file():
             raise ModelError(
                 f"model {name}: neither an adapter folder ({ADAPTER_CONFIG}) nor a model folder "
@@ -129,7 +146,7 @@ def read_chain(name: str) -> Chain:
     if "model" not in record:
         raise ModelError(f"{adapters[0] / ADAPTER_CONFIG}: does not name its base model")
     base, revision = record["model"], record.get("revision")
-    path = fetch(base, revision)
+    path = fetch(base, revision, files)
     return Chain(name, base, path, revision, record.get("quantize_bits"), tuple(adapters))
 
 

@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
+import distributed
 from config import Grpo
 from decode import TemperatureSampler, generate
 from grpo import completion_states, pad, sample_std, token_logps
@@ -37,28 +39,37 @@ def roll_out(
     tokenizer,
     prompts: Sequence[tuple[str, list[int]]],
     *,
-    num_generations: int,
+    keys: np.ndarray,
     max_tokens: int,
     temperature: float,
     end: int,
     batch_size: int,
 ) -> list[Rollout]:
-    """`num_generations` completions of each (query, prompt ids) pair, in the order of the pairs."""
+    """Completions of each (query, prompt ids) pair, in the order of the pairs.
+
+    Args:
+        keys: (P, G, 2), a random key for each of the G completions of each pair.
+    """
     completions = generate(
         model,
         [ids for _, ids in prompts],
-        samples=num_generations,
+        samples=keys.shape[1],
         max_tokens=max_tokens,
         end=end,
-        sampler=TemperatureSampler(temperature),
+        sampler=TemperatureSampler(temperature, keys.reshape(-1, 2)),
         batch_size=batch_size,
     )
     rollouts = []
     for i, completion in enumerate(completions):
-        query, ids = prompts[i // num_generations]
+        query, ids = prompts[i // keys.shape[1]]
         text = tokenizer.decode([t for t in completion.tokens if t != end])
         rollouts.append(Rollout(query, ids, completion.tokens, completion.finished, text))
     return rollouts
+
+
+def exchange(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts of all ranks, on each of them, in the order of the prompts."""
+    return [Rollout(**r) for r in distributed.collect(list(map(dataclasses.asdict, rollouts)))]
 
 
 def set_rewards(rollouts: Sequence[Rollout], settings: Grpo) -> None:
@@ -177,12 +188,18 @@ def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:
 def score_greedily(
     model: nn.Module, tokenizer, prompts: Sequence[tuple[str, list[int]]], limit: int, end: int
 ) -> tuple[float, float]:
-    """(mean percentage, share cut off at the limit) of greedy completions of (query, ids) pairs."""
+    """(mean percentage, share cut off at the limit) of greedy completions of (query, ids) pairs.
+
+    The ranks share the pairs out.
+    """
     model.eval()
+    prompts = distributed.share_out(prompts)
     completions = generate(model, [ids for _, ids in prompts], max_tokens=limit, end=end)
     texts = [tokenizer.decode([t for t in c.tokens if t != end]) for c in completions]
     scores = [
         score_expansion_detailed(query, text)["percentage"]
         for (query, _), text in zip(prompts, texts, strict=True)
     ]
-    return sum(scores) / len(scores), sum(not c.finished for c in completions) / len(completions)
+    scores = distributed.collect(scores)
+    cut_off = distributed.collect([not c.finished for c in completions])
+    return sum(scores) / len(scores), sum(cut_off) / len(cut_off)

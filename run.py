@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import random
 import shutil
 import signal
 import sys
@@ -14,10 +15,13 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
+import distributed
 from checkpoint import Checkpoint, Checkpoints, write_json, write_text
 from cli import Interrupted, duration
 from config import Config, Training, to_yaml
+from memory import preflight
 from model import adapter_weights, save_adapter
+from tracking import Tracker
 
 METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
 # Nats a token; a healthy run stays far below.
@@ -71,12 +75,14 @@ class AdamW(optim.AdamW):
 
 
 def check_output(config: Config) -> None:
-    """Fail on a folder that cannot be written before anything is loaded.
+    """Fail on a folder that cannot be written before anything is loaded; rank 0 alone writes.
 
     Raises:
         OSError: it cannot be made, or nothing can be written in it.
     """
     folder = Path(config.model.output).expanduser()
+    if distributed.rank():
+        return
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"
@@ -87,7 +93,7 @@ def check_output(config: Config) -> None:
 
 
 class Run:
-    """The folder and the life of one training run.
+    """The folder and the life of one training run; of several ranks, the first alone writes.
 
     `finish` leaves in the folder: the best adapter, last/ (the last one), config.yaml, metrics.jsonl
     and run.json. Until then checkpoints/ holds what `--resume` needs.
@@ -96,8 +102,9 @@ class Run:
     def __init__(self, config: Config, stage: str, total: int, resume: bool, overwrite: bool):
         self.folder = Path(config.model.output).expanduser()
         self.resume, self.overwrite = resume, overwrite
+        self.leads = distributed.rank() == 0
         self.stage, self.total, self.training = stage, total, config.training
-        self.config_text = to_yaml(config)
+        self.config, self.config_text = config, to_yaml(config)
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints", config.training.save_total_limit
         )
@@ -109,8 +116,11 @@ class Run:
         self.signum: int | None = None
         self.first_length: float | None = None
         self.warned: set[str] = set()
+        self.whole: tuple[int, dict, dict] | None = None
+        self.tracker = Tracker(config, stage, self.warn)
         self.start = self.last_save = time.monotonic()
-        self._check()
+        if self.leads:
+            self._check()
         mx.set_cache_limit(CACHE_LIMIT_BYTES)
         mx.reset_peak_memory()
 
@@ -148,22 +158,43 @@ class Run:
                 (self.folder / name).unlink(missing_ok=True)
 
     def restore(self, model, optimizer: optim.Optimizer) -> None:
-        """Put the newest whole checkpoint back; without one the run starts at step 0."""
+        """Put the newest whole checkpoint back if the run is resumed; every rank has then what
+        rank 0 has."""
+        if self.resume and self.leads:
+            self._read_checkpoint(model, optimizer)
+        if distributed.size() > 1:
+            adapters = distributed.broadcast(adapter_weights(model))
+            model.load_weights(list(adapters.items()), strict=False)
+            optimizer.state = distributed.broadcast(optimizer.state)
+            [(step, state), *_] = distributed.gather((self.step, self._progress()))
+            self._set_progress(step, state)
+
+    def _progress(self) -> dict:
+        return {
+            "best_value": self.best_value,
+            "best_step": self.best_step,
+            "stale": self.stale,
+            "elapsed": self.elapsed(),
+            "first_length": self.first_length,
+            "tracked": self.tracker.place,
+        }
+
+    def _set_progress(self, step: int, state: dict) -> None:
+        self.step = self.first_step = step
+        self.best_value, self.best_step = state["best_value"], state["best_step"]
+        self.stale, self.elapsed_before = state["stale"], state["elapsed"]
+        self.first_length, self.tracker.place = state["first_length"], state["tracked"]
+
+    def _read_checkpoint(self, model, optimizer: optim.Optimizer) -> None:
+        """Without a whole one the run starts at step 0."""
         found: Checkpoint | None = self.checkpoints.latest(warn=self.warn)
         if found is None:
             self._trim_logs(-1)
             return
         model.load_weights(list(found.arrays["adapters"].items()), strict=False)
         optimizer.state = tree_unflatten(list(found.arrays["optimizer"].items()))
-        # The state cannot be assigned; it is the seed's two halves.
-        high, low = found.arrays["random"]["state"].tolist()
-        mx.random.seed(high << 32 | low)
-        self.step = self.first_step = found.step
         self.best = found.arrays.get("best")
-        state = found.state
-        self.best_value, self.best_step = state["best_value"], state["best_step"]
-        self.stale, self.elapsed_before = state["stale"], state["elapsed"]
-        self.first_length = state["first_length"]
+        self._set_progress(found.step, found.state)
         self._trim_logs(found.step)
         print(f"resuming at step {found.step} of {self.total}")
 
@@ -181,24 +212,61 @@ class Run:
                     continue  # the last line of a killed run may be cut
             write_text(path, "".join(kept))
 
-    def save(self, model, optimizer: optim.Optimizer) -> Path:
+    def seed(self) -> None:
+        """What the next step draws at random depends on the seed, the step and the rank alone: a
+        resumed run draws the same, and no two ranks do."""
+        name = f"{self.training.seed}:{self.step}:{distributed.rank()}"
+        mx.random.seed(random.Random(name).getrandbits(64))
+
+    def _contents(self, model, optimizer: optim.Optimizer) -> tuple[int, dict, dict]:
+        """A checkpoint: the step, its state and its arrays."""
         arrays = {
             "adapters": adapter_weights(model),
             "optimizer": dict(tree_flatten(optimizer.state)),
-            "random": {"state": mx.random.state[0]},
         }
         if self.best is not None:
             arrays["best"] = self.best
-        state = {
-            "best_value": self.best_value,
-            "best_step": self.best_step,
-            "stale": self.stale,
-            "elapsed": self.elapsed(),
-            "first_length": self.first_length,
-        }
-        path = self.checkpoints.save(self.step, state, arrays)
+        return self.step, self._progress(), arrays
+
+    def save(self, model, optimizer: optim.Optimizer) -> Path:
+        path = self.checkpoints.save(*self._contents(model, optimizer))
         self.last_save = time.monotonic()
         return path
+
+    def end_step(self, model, optimizer: optim.Optimizer) -> None:
+        """Save when it is time, and stop when a signal came to any rank.
+
+        Raises:
+            Interrupted: after saving.
+        """
+        signum = max(distributed.gather(self.signum or 0))
+        saved = None
+        if self.leads:
+            if distributed.size() > 1:
+                # References only: MLX replaces arrays, it does not change them.
+                self.whole = self._contents(model, optimizer)
+                mx.eval(self.whole[2])
+            if signum or self.save_due():
+                saved = self.save(model, optimizer)
+        if signum:
+            distributed.barrier()  # a rank that ends may have the others ended, by mlx.launch
+            raise self.interrupted(signum, saved)
+
+    def _give_up(self, trouble: str) -> str:
+        """Save the last whole step, for a run that has lost a rank; what to tell the user."""
+        if not self.leads:
+            return trouble
+        if self.whole is None:
+            return f"{trouble}; no step was done yet"
+        saved = self.checkpoints.save(*self.whole)
+        return f"{trouble}; step {self.whole[0]} is saved in {saved}: go on with --resume"
+
+    def preflight(self, chain, longest: int) -> None:
+        """Say what the run will need of the memory, and warn when it is too much."""
+        line, warning = preflight(self.stage, self.config, chain, longest)
+        print(line)
+        if warning:
+            self.warn(warning)
 
     def save_due(self) -> bool:
         """Whether it is time: by minutes where set, else by steps."""
@@ -231,15 +299,20 @@ class Run:
 
     def log(self, record: dict) -> None:
         """One JSON object a line; numbers that are not finite become null."""
+        if not self.leads:
+            return
         clean = {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in record.items()
         }
         with (self.folder / METRICS).open("a", encoding="utf-8") as stream:
             stream.write(json.dumps({"step": self.step, **clean}) + "\n")
+        self.tracker.log(self.step, clean)
 
     def log_samples(self, rollouts, group: int, prompts: int = 2) -> None:
         """The first few groups in full, to read what the policy learns."""
+        if not self.leads:
+            return
         with (self.folder / SAMPLES).open("a", encoding="utf-8") as stream:
             for r in rollouts[: prompts * group]:
                 sample = {
@@ -276,28 +349,39 @@ class Run:
         print(f"step {self.step}/{self.total}  {text}", flush=True)
 
     def warn(self, text: str) -> None:
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        if self.leads:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
 
     def __enter__(self):
-        self._claim()
+        if self.leads:
+            self._claim()
+            self.tracker.start()
+        self.over = distributed.watch(self._give_up)
 
         def remember(signum, frame):
             self.signum = signum
             signal.signal(signum, self.handlers[signum])  # a second one acts at once
-            print("\nstopping after this step", file=sys.stderr, flush=True)
+            if self.leads:
+                print("\nstopping after this step", file=sys.stderr, flush=True)
 
         self.handlers = {s: signal.signal(s, remember) for s in (signal.SIGINT, signal.SIGTERM)}
         if shutil.which("caffeinate"):
             print("keep the Mac awake meanwhile, in another terminal: caffeinate -is")
         return self
 
-    def __exit__(self, *exc):
-        for signum, handler in self.handlers.items():
-            signal.signal(signum, handler)
+    def __exit__(self, kind, error, trace):
+        self.over.set()
+        try:
+            if distributed.is_loss(error):
+                raise ConnectionError(self._give_up(distributed.LOSS)) from None
+        finally:
+            for signum, handler in self.handlers.items():
+                signal.signal(signum, handler)
+            self.tracker.finish()
 
-    def interrupted(self, saved: Path) -> Interrupted:
+    def interrupted(self, signum: int, saved: Path | None) -> Interrupted:
         return Interrupted(
-            self.signum,
+            signum,
             f"stopped at step {self.step} of {self.total}, saved in {saved}; "
             f"go on with: python train.py {self.stage} --resume (and the same options)",
         )
@@ -334,6 +418,7 @@ class Run:
                 "seconds": round(self.elapsed(), 1),
                 "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
                 "device": str(mx.default_device()),
+                "ranks": distributed.size(),
                 "versions": {"python": platform.python_version(), **versions},
                 **result,
             },

@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from dataset.schema import Example
+from distributed import gather, share_out
 from grpo import LOGIT_BUDGET, token_logps
 from model import hidden_states, lm_head
 from prompt import render_target
@@ -83,10 +84,13 @@ def completion_loss(model, inputs, where, targets, weights, normalizer):
 
 
 def validate(model, rows: Sequence[Row], batch_size: int) -> tuple[float, float]:
-    """Mean loss a token and share of tokens that are the model's first choice, over all rows."""
+    """Mean loss a token and share of tokens that are the model's first choice, over all rows.
+
+    The ranks share the rows out.
+    """
     head, loss, right, tokens = lm_head(model), 0.0, 0.0, 0
     model.eval()
-    ordered = sorted(rows, key=lambda row: len(row.ids))
+    ordered = sorted(share_out(rows), key=lambda row: len(row.ids))
     for first in range(0, len(ordered), batch_size):
         inputs, where, targets, weights, _ = collate(ordered[first : first + batch_size])
         states = hidden_states(model, inputs)
@@ -102,6 +106,7 @@ def validate(model, rows: Sequence[Row], batch_size: int) -> tuple[float, float]
             loss, right = loss + sums[0], right + sums[1]
         tokens += int(weights.sum().item())
     model.train()
+    loss, right, tokens = map(sum, zip(*gather((loss, right, tokens)), strict=True))
     return loss / tokens, right / tokens
 
 
@@ -109,12 +114,22 @@ class Batches:
     """Every row once an epoch, in an order that depends on the seed and the epoch alone.
 
     Rows of like length share an optimiser step's neighbourhood, and a micro-batch within the step.
-    The last step of an epoch takes what is left.
+    The last step of an epoch takes what is left. All ranks have the same steps, and each has every
+    `ranks`-th micro-batch of a step.
     """
 
-    def __init__(self, rows: Sequence[Row], batch_size: int, accumulation: int, seed: int):
-        self.rows, self.accumulation, self.seed = rows, accumulation, seed
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        batch_size: int,
+        accumulation: int,
+        seed: int,
+        rank: int = 0,
+        ranks: int = 1,
+    ):
+        self.rows, self.seed, self.rank, self.ranks = rows, seed, rank, ranks
         self.effective = batch_size * accumulation
+        self.accumulation = -(-accumulation // ranks)  # this rank's micro-batches a step
         self.steps_per_epoch = -(-len(rows) // self.effective)
         self.current: list[Row] = []
 
@@ -132,14 +147,16 @@ class Batches:
         return steps
 
     def micro_batches(self, rows: list[Row]) -> Iterator[tuple[mx.array, ...]]:
-        """One optimiser step as `accumulation` batches, whose losses sum to the mean a token.
+        """This rank's part of one optimiser step, as `accumulation` batches.
 
-        The trainer divides the summed gradients by `accumulation`: the normalizer makes up for it.
-        With fewer rows than that, a batch of zero weight fills in.
+        The losses of all ranks' batches sum to the mean a token. The trainer divides the summed
+        gradients by their number: the normalizer makes up for it. With fewer rows than that, a
+        batch of zero weight fills in.
         """
-        normalizer = sum(len(row.ids) - row.start for row in rows) / self.accumulation
+        count = self.accumulation * self.ranks
+        normalizer = sum(len(row.ids) - row.start for row in rows) / count
         ordered = sorted(rows, key=lambda row: len(row.ids))
-        for part in np.array_split(np.arange(len(ordered)), self.accumulation):
+        for part in np.array_split(np.arange(len(ordered)), count)[self.rank :: self.ranks]:
             if len(part):
                 yield collate([ordered[i] for i in part], normalizer)
             else:

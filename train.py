@@ -13,7 +13,9 @@ import time
 from pathlib import Path
 
 import cli
-from config import Config, load_config, to_yaml
+from config import Config, load_config
+from inputs import dry_run, encode_prompts, read_rows, sft_folder
+from tracking import check_installed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,69 +43,6 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_rows(config: Config):
-    """The data set's rows, split, as the configuration asks."""
-    from dataset.schema import load_rows
-
-    data = config.dataset
-    return load_rows(
-        data.name,
-        split=data.split,
-        text_field=data.text_field,
-        prompt_field=data.prompt_field,
-        eval_split=data.eval_split,
-        max_samples=data.max_samples,
-        seed=config.training.seed,
-    )
-
-
-def dry_run(stage: str, config: Config) -> None:
-    """Print the resolved configuration and what would be loaded; load no model, ask no Hub."""
-    from dataset.schema import local_files, looks_local
-
-    print(to_yaml(config).rstrip())
-    base, data = config.model.base, config.dataset.name
-    if stage == "grpo":
-        print(f"# start: {sft_folder(config)} (fused), fresh LoRA over it")
-    else:
-        print(f"# base: {base} ({'local folder' if Path(base).expanduser().is_dir() else 'Hub'})")
-    if local_files(data) or looks_local(data):
-        print(f"# data: {data}: {read_rows(config).summary()}")
-    else:
-        print(f"# data: {data} (Hub)")
-    print(f"# result: {config.model.output}")
-
-
-def sft_folder(config: Config) -> Path:
-    folder = Path(config.model.sft).expanduser()
-    if not (folder / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model.sft {folder}: there is no SFT adapter; run python train.py sft first, or name "
-            "its folder with --set model.sft=DIR"
-        )
-    if folder.resolve() == Path(config.model.output).expanduser().resolve():
-        raise ValueError(
-            f"model.output and model.sft are the same folder, {folder}: choose another"
-        )
-    return folder
-
-
-def encode_prompts(examples, config: Config, tokenizer) -> list[tuple[str, list[int]]]:
-    """(query, prompt ids) of each example; the query travels along, never parsed back out."""
-    from prompt import render_prompt
-    from qmd import QMD_SYSTEM_PROMPT
-
-    rng, pairs = random.Random(config.training.seed), []
-    for example in examples:
-        # QMD sends its system turn with every query; this share of the prompts shows it.
-        share = config.dataset.qmd_system_prompt_share
-        system = QMD_SYSTEM_PROMPT if rng.random() < share else None
-        intent = example.intent if config.dataset.intent else None
-        text = render_prompt(example.query, system, intent)
-        pairs.append((example.query, tokenizer.encode(text, add_special_tokens=False)))
-    return pairs
-
-
 def total_steps(training, steps_per_epoch: int) -> int:
     """max_steps where it is set (-1 or null: not), else the epochs' steps."""
     if training.max_steps is not None and training.max_steps > 0:
@@ -117,6 +56,7 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     from mlx_lm.tuner import trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
 
+    import distributed
     import model as models
     from dataset.schema import write_query_digests
     from run import CACHE_LIMIT_BYTES, AdamW, Run, check_output
@@ -148,10 +88,19 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"dataset.name {config.dataset.name}: no row is left to train on")
 
     batches = Batches(
-        rows, training.batch_size, training.gradient_accumulation_steps, training.seed
+        rows,
+        training.batch_size,
+        training.gradient_accumulation_steps,
+        training.seed,
+        distributed.rank(),
+        distributed.size(),
     )
     total = total_steps(training, batches.steps_per_epoch)
     run = Run(config, "sft", total, resume, overwrite)
+    run.preflight(chain, max(len(row.ids) for row in rows))
+    distributed.check_same(
+        configuration=run.config_text, data=[row.ids for row in rows + held], model=chain.revision
+    )
 
     mx.random.seed(training.seed)
     model = models.load_base(chain.path, bits)
@@ -168,8 +117,15 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     }
     optimizer = AdamW(training, total)
     optimizer.init(model.trainable_parameters())
-    if resume:
-        run.restore(model, optimizer)
+    run.restore(model, optimizer)
+
+    def micro_batches(**_):
+        for number, batch in enumerate(batches(run.step)):
+            if number % batches.accumulation == 0:
+                run.seed()
+            # Metal ends a command that waits 5 seconds, here for the gradient of a slower rank.
+            distributed.barrier()
+            yield batch
 
     class Ended(Exception):
         """Leaves the trainer's loop: its own last save is not atomic."""
@@ -203,15 +159,11 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
         )
         if run.step == total or run.out_of_patience():
             raise Ended
-        if run.signum is not None:
-            raise run.interrupted(run.save(model, optimizer))
-        if run.save_due():
-            run.save(model, optimizer)
+        run.end_step(model, optimizer)
 
     callback = TrainingCallback()
     callback.on_train_loss_report = end_of_step
     make_console().quiet = True  # mlx-lm's table would repeat our lines
-    accumulation = training.gradient_accumulation_steps
     print(
         f"SFT of {config.model.base}: {len(rows)} rows, {total} steps of {batches.effective}, "
         f"{mx.default_device()}"
@@ -225,19 +177,21 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
                     rows,
                     args=trainer.TrainingArgs(
                         batch_size=training.batch_size,
-                        iters=(total - run.step) * accumulation,
-                        steps_per_report=accumulation,
-                        steps_per_save=(total + 1) * accumulation,
+                        iters=(total - run.step) * batches.accumulation,
+                        steps_per_report=batches.accumulation,
+                        steps_per_save=(total + 1) * batches.accumulation,
                         grad_checkpoint=training.gradient_checkpointing,
-                        grad_accumulation_steps=accumulation,
+                        grad_accumulation_steps=batches.accumulation,
                         clear_cache_threshold=CACHE_LIMIT_BYTES,
                     ),
                     loss=completion_loss,
-                    iterate_batches=lambda **_: batches(run.step),
+                    iterate_batches=micro_batches,
                     training_callback=callback,
                 )
         except Ended:
             pass
+    if not run.leads:
+        return
     write_query_digests(run.folder, [example.query for example in data.train])
     run.finish(
         model,
@@ -261,13 +215,16 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     import mlx.nn as nn
     from mlx.utils import tree_map
 
+    import distributed
     import model as models
     from dataset.schema import write_query_digests
+    from decode import random_keys
     from grpo import group_advantages, grpo_loss
     from rollout import (
         active_tokens,
         batch_share,
         completion_logps,
+        exchange,
         group_metrics,
         micro_batches,
         remember_logps,
@@ -301,6 +258,10 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     steps_per_epoch = -(-len(prompts) // per_step)
     total = total_steps(training, steps_per_epoch)
     run = Run(config, "grpo", total, resume, overwrite)
+    run.preflight(chain, max(len(ids) for _, ids in prompts))
+    distributed.check_same(
+        configuration=run.config_text, data=prompts + held, model=[chain.revision, chain.hashes()]
+    )
 
     mx.random.seed(training.seed)
     model, _ = models.load_chain(chain, fuse_last=True)
@@ -312,8 +273,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     adapter_config |= {"stage": "grpo", "parent": "sft"}
     optimizer = AdamW(training, total)
     optimizer.init(model.trainable_parameters())
-    if resume:
-        run.restore(model, optimizer)
+    run.restore(model, optimizer)
 
     def step_prompts(step: int) -> list[tuple[str, list[int]]]:
         """Each prompt once an epoch, in an order that depends on the seed and the epoch alone."""
@@ -362,13 +322,17 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
             run.say(f"{evaluate()}  (the SFT model)")
         while run.step < total and not run.out_of_patience():
             started = time.monotonic()
-            # 1. Sample a group of completions for each prompt.
+            run.seed()
+            # 1. Sample a group of completions for each prompt, the same on one Mac and on several.
             model.eval()
+            chosen = step_prompts(run.step)
+            names = [f"{run.step} {i}" for i in range(len(chosen) * group)]
+            keys = random_keys(names, training.seed).reshape(-1, group, 2)
             rollouts = roll_out(
                 model,
                 tokenizer,
-                step_prompts(run.step),
-                num_generations=group,
+                distributed.share_out(chosen),
+                keys=distributed.share_out(keys),
                 max_tokens=settings.max_completion_length,
                 temperature=temperature,
                 end=end,
@@ -376,6 +340,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
             )
             # 2. Score them; 3. compare each with its group.
             set_rewards(rollouts, settings)
+            rollouts = exchange(rollouts)
             rewards = mx.array([r.reward for r in rollouts]).reshape(-1, group)
             advantages = group_advantages(rewards, settings.scale_rewards).flatten().tolist()
             for rollout, advantage in zip(rollouts, advantages, strict=True):
@@ -383,7 +348,8 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
             # Without a KL term, a completion as good as its group has no gradient.
             useful = [r for r in rollouts if settings.beta or r.advantage]
             # Memory is paid for batch_size rows of full length: of shorter ones, more fit.
-            batches = micro_batches(useful, training.batch_size * settings.max_completion_length)
+            row_budget = training.batch_size * settings.max_completion_length
+            batches = micro_batches(distributed.share_out(useful), row_budget)
             # 4. The reference is the same model with the adapter out.
             if settings.beta:
                 with models.adapters_off(model):
@@ -406,8 +372,10 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
                     gradient = tree_map(mx.add, gradient, part)
                     mx.eval(gradient, stats)
                     sums = {name: value + stats[name].item() for name, value in sums.items()}
-                optimizer.update(model, gradient)
+                optimizer.update(model, distributed.all_sum(gradient))
                 mx.eval(model.trainable_parameters(), optimizer.state)
+            parts = distributed.gather(sums)
+            sums = {name: sum(part[name] for part in parts) for name in sums}
             run.step += 1
 
             norm = optimizer.state["grad_norm"].item()
@@ -444,11 +412,11 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
                 f"{line}  {record['tokens_per_second']:.0f} tok/s  "
                 f"peak {record['peak_memory_gb']:.1f} GB  {run.left()} left"
             )
-            if run.signum is not None and run.step < total:
-                raise run.interrupted(run.save(model, optimizer))
-            if run.step < total and run.save_due():
-                run.save(model, optimizer)
+            if run.step < total:
+                run.end_step(model, optimizer)
 
+    if not run.leads:
+        return
     models.copy_adapters(chain, run.folder / "sft")
     write_query_digests(run.folder, [query for query, _ in prompts])
     run.finish(model, adapter_config, {"prompts": len(prompts), "held_out_prompts": len(held)})
@@ -464,12 +432,15 @@ def main() -> None:
     config, ignored = load_config(arguments.stage, arguments.config, arguments.set)
     if ignored:
         print(f"no effect here: {'; '.join(ignored)}")
+    check_installed(config.tracking)
     if arguments.dry_run:
         dry_run(arguments.stage, config)
-    elif arguments.stage == "sft":
-        train_sft(config, arguments.resume, arguments.overwrite)
-    else:
-        train_grpo(config, arguments.resume, arguments.overwrite)
+        return
+    import distributed
+
+    train = train_sft if arguments.stage == "sft" else train_grpo
+    with distributed.joined():
+        train(config, arguments.resume, arguments.overwrite)
 
 
 if __name__ == "__main__":

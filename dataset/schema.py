@@ -16,6 +16,7 @@ from pathlib import Path
 
 from checkpoint import write_json
 from prompt import IM_END, IM_START, TYPES, query_of
+from reward import CHAT_MARKERS
 
 THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 TURN = re.compile(
@@ -27,6 +28,8 @@ INTENT = re.compile(r"\n\s*Query intent:\s*(.*)\Z", re.DOTALL | re.IGNORECASE)
 ONLY_SUFFIX = re.compile(r"\s+/?only:\s*(?:lex|vec|hyde)\s*$", re.IGNORECASE)
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # what JSON's "\ud83d" alone becomes
 LINE = re.compile(rf"({'|'.join(TYPES)})\s*:\s*(.*)", re.DOTALL)
+# The project's own rows, as its tools find them from the root.
+DATA = "data/*.jsonl"
 # In an adapter folder: which queries it was trained on, without telling them.
 QUERY_DIGESTS = "queries.json"
 
@@ -43,6 +46,7 @@ class Example:
     lines: tuple[tuple[str, str], ...]
     category: str | None = None
     intent: str | None = None
+    language: str | None = None
     source: str = ""
 
 
@@ -134,16 +138,23 @@ def _completion_text(completion: object) -> str:
 
 
 def parse_row(
-    row: object, source: str = "", text_field: str = "text", prompt_field: str = "prompt"
+    row: object,
+    source: str = "",
+    text_field: str = "text",
+    prompt_field: str = "prompt",
+    in_order: bool = True,
 ) -> Example:
     """One row of any known format as an `Example`.
+
+    Args:
+        in_order: false to leave the lines as they stand in the row.
 
     Raises:
         ValueError: says what is wrong with the row, without its place.
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row is an object, found {type(row).__name__}")
-    intent, category = row.get("intent"), row.get("category")
+    intent, category, language = row.get("intent"), row.get("category"), row.get("language")
     query = row["query"] if row.get("query") is not None else row.get("input")
 
     if row.get("searches") is not None:
@@ -182,16 +193,34 @@ def parse_row(
         raise ValueError(f"the query is {query!r}, not a text")
     if not lines:
         raise ValueError("the expansion has no lines")
-    if SURROGATE.search("".join([query, str(intent), *(text for _, text in lines)])):
+    query = " ".join(query.split())
+    everything = " ".join([query, str(intent), *(text for _, text in lines)])
+    if SURROGATE.search(everything):
         raise ValueError("a text holds half of a surrogate pair, which is not Unicode")
-    lines = sorted(lines, key=lambda line: TYPES.index(line[0]))
+    markers = [marker for marker in CHAT_MARKERS if marker in everything]
+    if markers or THINK.search(everything):
+        raise ValueError(f"a text holds {repr(markers[0]) if markers else 'a think block'}")
+    if in_order:
+        lines = sorted(lines, key=lambda line: TYPES.index(line[0]))
     return Example(
-        query=" ".join(query.split()),
+        query=query,
         lines=tuple(lines),
         category=category if isinstance(category, str) else None,
         intent=intent if isinstance(intent, str) and intent else None,
+        language=language if isinstance(language, str) and language else None,
         source=source,
     )
+
+
+def labels(example: Example) -> dict[str, str]:
+    """What a row says of itself beside its query and lines."""
+    named = {name: getattr(example, name) for name in ("category", "intent", "language")}
+    return {name: value for name, value in named.items() if value}
+
+
+def canonical_row(example: Example) -> dict:
+    """The row as JSON can hold it; `parse_row` reads back the same example."""
+    return {"query": example.query, "output": [list(x) for x in example.lines]} | labels(example)
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -214,7 +243,12 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _hub_rows(name: str, split: str) -> Iterator[tuple[str, object]]:
+def hub_rows(name: str, split: str, subset: str | None = None) -> Iterator[tuple[str, object]]:
+    """(place, row) of each row of a Hub data set.
+
+    Raises:
+        DataError: the Hub did not give it.
+    """
     import datasets
     import huggingface_hub
 
@@ -222,7 +256,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, object]]:
     # It warns of each of its retries; what they came to is said once, below.
     huggingface_hub.logging.set_verbosity_error()
     try:
-        rows = datasets.load_dataset(name, split=split)
+        rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises a dozen unrelated types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
@@ -233,7 +267,7 @@ def _hub_rows(name: str, split: str) -> Iterator[tuple[str, object]]:
         yield f"{name}[{split}]:{number}", row
 
 
-def _parse_all(rows: Iterable[tuple[str, object]], **fields: str) -> list[Example]:
+def _parse_all(rows: Iterable[tuple[str, object]], **fields) -> list[Example]:
     examples, broken = [], []
     for place, row in rows:
         try:
@@ -260,9 +294,37 @@ def local_files(name: str) -> list[Path]:
         prepared = path / "train.jsonl"
         files = [prepared] if prepared.is_file() else sorted(path.glob("*.jsonl"))
         if not files:
-            raise DataError(f"dataset.name {name}: the folder holds no .jsonl file")
+            raise DataError(f"{name}: the folder holds no .jsonl file")
         return files
     return sorted(Path(match) for match in glob.glob(str(path)))
+
+
+def find_files(names: Iterable[str]) -> list[Path]:
+    """The files that names (files, folders, globs) stand for, each once.
+
+    Raises:
+        DataError: a name stands for none.
+    """
+    found: dict[Path, None] = {}
+    for name in names:
+        files = local_files(name)
+        if not files:
+            raise DataError(f"{name}: no such file or folder, and no file matches")
+        found |= dict.fromkeys(files)
+    return list(found)
+
+
+def read_files(names: Iterable[str]) -> list[Example]:
+    """Every row that the named files hold, duplicates included.
+
+    Raises:
+        DataError: as `load_rows`.
+    """
+    names = list(names)
+    examples = _parse_all(row for path in find_files(names) for row in file_rows(path))
+    if not examples:
+        raise DataError(f"{', '.join(names)}: there are no rows in it")
+    return examples
 
 
 def looks_local(name: str) -> bool:
@@ -337,7 +399,7 @@ def load_rows(
     if files:
         read = _parse_all((row for path in files for row in file_rows(path)), **fields)
     else:
-        read = _parse_all(_hub_rows(name, split), **fields)
+        read = _parse_all(hub_rows(name, split), **fields)
     if not read:
         raise DataError(f"dataset.name {name}: there are no rows in it")
 
@@ -355,6 +417,29 @@ def load_rows(
     if max_samples is not None and max_samples < len(train):
         train = random.Random(seed).sample(train, max_samples)
     return Rows(train, validation, read=len(read), duplicates=duplicates)
+
+
+def read_queries(path: Path) -> list[tuple[str, str | None]]:
+    """(query, category) of each query of a text file, once: "# name" opens a category, any other
+    "#" line is a comment.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"--queries {path}:{line}: not UTF-8 ({error.reason})") from None
+    except OSError as error:
+        raise ValueError(f"--queries {path}: cannot be read: {error.strerror}") from None
+    queries: dict[str, str | None] = {}
+    category = None
+    for line in map(str.strip, text.split("\n")):
+        if line.startswith("# "):
+            category = line[2:].strip()
+        elif line and not line.startswith("#"):
+            queries.setdefault(line, category)
+    if not queries:
+        raise ValueError(f"--queries {path}: there is no query in it; write one a line")
+    return list(queries.items())
 
 
 def query_digest(query: str) -> str:

@@ -1,5 +1,6 @@
 """Fixtures shared by the tests: tiny models, rows, a loopback Hub, and a way to run a command."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -60,6 +61,18 @@ def run() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def script(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
+    """`script("score_data", path)`: dataset/score_data.py in this process; (exit code, output)."""
+
+    def call(name: str, *args: str | Path) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, args)])
+        code = importlib.import_module(f"dataset.{name}").main() or 0
+        return code, capsys.readouterr().out
+
+    return call
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import NO_EFFECT, Config, ConfigError, load_config, to_yaml
+from config import NO_EFFECT, PROJECTIONS, Config, ConfigError, load_config, to_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -151,7 +151,7 @@ def test_the_shipped_file_has_every_key_of_its_stage_with_a_comment(stage):
             assert re.search(r"\s#\s\w.{5,}", line), f"no comment: {line}"
 
 
-def test_the_values_are_the_originals():
+def test_the_values_of_sft_are_the_originals():
     sft, _ = load_config("sft")
     assert sft.model.base == "Qwen/Qwen3-1.7B"
     assert sft.dataset.name == "tobil/qmd-query-expansion-train-v2"
@@ -164,18 +164,20 @@ def test_the_values_are_the_originals():
     assert (sft.lora.rank, sft.lora.alpha, sft.lora.dropout) == (16, 32, 0)
     assert len(sft.lora.target_modules) == 7
 
-    grpo, _ = load_config("grpo")
-    assert (grpo.training.epochs, grpo.training.max_steps, grpo.dataset.max_samples) == (
-        1,
-        200,
-        1000,
-    )
-    assert (grpo.training.batch_size, grpo.training.gradient_accumulation_steps) == (2, 8)
-    assert (grpo.training.learning_rate, grpo.training.max_grad_norm) == (5e-7, 0.5)
-    assert (grpo.grpo.num_generations, grpo.grpo.max_completion_length) == (4, 200)
-    assert grpo.grpo.beta == 0.04
-    assert (grpo.lora.rank, grpo.lora.alpha, grpo.lora.dropout) == (4, 8, 0.05)
-    assert grpo.lora.target_modules == ["q_proj", "v_proj"]
+
+def test_where_grpo_differs_from_the_original_its_file_says_so():
+    original = leaves(yaml.safe_load(ORIGINAL_GRPO))
+    shipped = leaves(dataclasses.asdict(load_config("grpo")[0]))
+    lines = (CONFIGS / "grpo.yaml").read_text(encoding="utf-8").splitlines()
+    read = [k for k in original if k.partition(".")[0] in ("training", "grpo", "lora")]
+    differing = {
+        k for k in read if str(shipped[k]) != str(original[k]) and shipped[k] != original[k]
+    }
+    assert len(differing) >= 5
+    for key in read:
+        [place] = [i for i, x in enumerate(lines) if x.startswith(f"  {key.split('.')[1]}:")]
+        said = any("original: " in x.lower() for x in lines[place - 1 : place + 2])
+        assert said or key not in differing, key
 
 
 @pytest.mark.parametrize(("stage", "text"), [("sft", ORIGINAL_SFT), ("grpo", ORIGINAL_GRPO)])
@@ -366,4 +368,4 @@ def test_to_yaml_reads_back_to_an_equal_config(stage, tmp_path):
 def test_a_changed_config_leaves_the_defaults_alone(tmp_path):
     path = write(tmp_path, "model: {}")
     load_config("grpo", path)[0].lora.target_modules.append("k_proj")
-    assert load_config("grpo", path)[0].lora.target_modules == ["q_proj", "v_proj"]
+    assert load_config("grpo", path)[0].lora.target_modules == list(PROJECTIONS)

@@ -4,7 +4,7 @@ import mlx.core as mx
 import pytest
 
 import model as models
-from decode import Completion, Sampler, TemperatureSampler, generate
+from decode import Completion, Sampler, TemperatureSampler, generate, random_keys
 from prompt import render_prompt
 
 QUERIES = ["tls", "rotate nginx logs", "sourdough starter smells like acetone", "Lisbon tram 28"]
@@ -86,28 +86,42 @@ def test_the_end_token_is_kept_and_the_limit_holds(loaded, alone):
     assert not truncated.finished and truncated.tokens == alone[0][:first]
 
 
-def test_sampling_differs_by_row_and_repeats_with_the_seed(loaded):
+def test_a_sample_is_its_keys_whatever_else_is_in_the_batch(loaded):
     model, prompts, end = loaded
+    names = [f"{prompt} {sample}" for prompt in range(len(prompts)) for sample in range(4)]
 
-    def sample():
-        mx.random.seed(7)
+    def sample(first: int, last: int, seed: int = 7, batch_size: int = 32) -> list[Completion]:
+        keys = random_keys(names, seed)[4 * first : 4 * last]
         return generate(
-            model, prompts, max_tokens=8, end=end, samples=4, sampler=TemperatureSampler(1.0)
+            model,
+            prompts[first:last],
+            max_tokens=8,
+            end=end,
+            samples=4,
+            sampler=TemperatureSampler(1.0, keys),
+            batch_size=batch_size,
         )
 
-    completions = sample()
-    assert completions == sample()
+    completions = sample(0, 4)
     assert len({tuple(c.tokens) for c in completions}) > 12
+    assert sample(0, 4, batch_size=3) == completions
+    assert sample(0, 1) + sample(1, 4) == completions
+    assert sample(0, 4, seed=8) != completions
 
 
 def test_the_temperature_sampler_draws_from_the_softmax():
     """20,000 draws at T = 2 against exp(logit / 2), normalised; 4 standard errors are 0.014."""
-    mx.random.seed(0)
-    logits = mx.array([0.0, 2.0, 4.0])
-    drawn, _ = TemperatureSampler(2.0)(mx.broadcast_to(logits, (20_000, 3)), [])
-    shares = [(drawn == i).astype(mx.float32).mean().item() for i in range(3)]
-    for share, expected in zip(shares, (0.0900, 0.2447, 0.6652), strict=True):
-        assert abs(share - expected) < 0.014
+    sampler = TemperatureSampler(2.0, random_keys(list(map(str, range(20_000))), 0))
+    logits = mx.broadcast_to(mx.array([0.0, 2.0, 4.0]), (20_000, 3))
+    state = sampler.start(20_000)
+    first, state = sampler(logits, state)
+    second, _ = sampler(logits, state)
+    for drawn in (first, second):
+        shares = [(drawn == i).astype(mx.float32).mean().item() for i in range(3)]
+        for share, expected in zip(shares, (0.0900, 0.2447, 0.6652), strict=True):
+            assert abs(share - expected) < 0.014
+    # One after the other they are independent: 0.09^2 + 0.2447^2 + 0.6652^2 are equal.
+    assert abs((first == second).astype(mx.float32).mean().item() - 0.5105) < 0.015
 
 
 class Counting(Sampler):

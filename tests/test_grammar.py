@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import model as models
-from decode import generate
-from grammar import START, QmdSampler, best_tokens, random_keys, token_table
+from decode import generate, random_keys
+from grammar import START, QmdSampler, best_tokens, token_table
 from prompt import render_prompt
 from qmd import Sampling
 

@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 import grpo
 import model as models
-from decode import TemperatureSampler, generate
+from decode import TemperatureSampler, generate, random_keys
 from rollout import (
     Rollout,
     active_tokens,
@@ -366,12 +366,11 @@ def test_reference_is_the_model_with_the_adapter_out(lora_model):
 def test_rollouts_keep_the_sampled_ids_and_the_end_token(lora_model):
     model, tokenizer = lora_model
     end = models.end_token(tokenizer)
-    mx.random.seed(1)
     rollouts = roll_out(
         model,
         tokenizer,
         [("a", [5, 6]), ("b", [7, 8, 9])],
-        num_generations=16,
+        keys=random_keys(list(map(str, range(32))), 1).reshape(2, 16, 2),
         max_tokens=60,
         temperature=3.0,
         end=end,
@@ -389,7 +388,6 @@ def test_a_bandit_learns(lora_model):
     model, tokenizer = lora_model
     end, prompt = models.end_token(tokenizer), [5, 6, 7]
     optimizer = optim.Adam(learning_rate=3e-2, bias_correction=True)
-    mx.random.seed(2)
 
     def loss_of(rollouts):
         logps, mask, _ = completion_logps(model, rollouts, 0.5)
@@ -397,10 +395,9 @@ def test_a_bandit_learns(lora_model):
 
     both = nn.value_and_grad(model, loss_of)
     share = []
-    for _ in range(40):
-        completions = generate(
-            model, [prompt], samples=32, max_tokens=1, end=end, sampler=TemperatureSampler(0.5)
-        )
+    for step in range(40):
+        sampler = TemperatureSampler(0.5, random_keys([f"{step} {i}" for i in range(32)], 2))
+        completions = generate(model, [prompt], samples=32, max_tokens=1, end=end, sampler=sampler)
         rollouts = [Rollout("q", prompt, c.tokens, True, "") for c in completions]
         rewards = [float(r.tokens[0] < 100) for r in rollouts]
         share.append(sum(rewards) / 32)

@@ -11,7 +11,7 @@ from prompt import TYPES, query_of, render_lines, render_prompt, render_target, 
 ROOT = Path(__file__).parent.parent
 WITH_DOCTESTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in (".", "dataset")
+    for folder in (".", "dataset", "examples")
     for path in (ROOT / folder).glob("*.py")
     if ">>> " in path.read_text(encoding="utf-8")
 )

@@ -169,6 +169,7 @@ def test_what_is_saved_is_put_back(config, tiny_qwen3, capsys):
         run.log({"loss": 2.0})
         run.consider(2.6, model, higher_is_better=False)
         run.save(model, optimizer)
+        run.seed()
         drawn = mx.random.normal((5,)).tolist()
         run.step = 3
         run.log({"loss": 3.0})  # after the checkpoint: this step is run again
@@ -185,7 +186,11 @@ def test_what_is_saved_is_put_back(config, tiny_qwen3, capsys):
     assert weights_equal(models.adapter_weights(fresh), models.adapter_weights(model))
     assert weights_equal(again.best, run.best)
     assert weights_equal(dict(tree_flatten(other.state)), dict(tree_flatten(optimizer.state)))
+    again.seed()
     assert mx.random.normal((5,)).tolist() == drawn
+    again.step += 1
+    again.seed()
+    assert mx.random.normal((5,)).tolist() != drawn
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [1.0, 2.0]
     assert "resuming at step 2 of 10" in capsys.readouterr().out
@@ -301,7 +306,7 @@ def test_a_signal_waits_for_the_end_of_the_step(config, capsys):
         assert signal.getsignal(signal.SIGTERM) is before  # a second one acts at once
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopping after this step" in capsys.readouterr().err
-    stop = run.interrupted(Path("there"))
+    stop = run.interrupted(run.signum, Path("there"))
     assert isinstance(stop, Interrupted) and stop.signum == signal.SIGTERM
     assert "saved in there" in str(stop) and "python train.py sft --resume" in str(stop)
 

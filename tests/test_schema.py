@@ -6,7 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from dataset.schema import DataError, base_query, load_rows, parse_row, split_examples
+from dataset.schema import (
+    DataError,
+    base_query,
+    canonical_row,
+    find_files,
+    load_rows,
+    parse_row,
+    read_files,
+    split_examples,
+)
 from prompt import render_lines, render_prompt, render_target, user_message
 
 QUERY = "auth config"
@@ -80,6 +89,29 @@ def test_every_format_gives_the_same_example(name):
 def test_category_and_intent_are_kept_beside_the_query():
     example = parse_row({**FORMATS["canonical"], "category": "technical", "intent": "security"})
     assert (example.query, example.category, example.intent) == (QUERY, "technical", "security")
+
+
+def test_a_canonical_row_reads_back_as_the_same_example():
+    labels = {"category": "technical", "intent": "security", "language": "en"}
+    example = parse_row({**FORMATS["canonical"], **labels})
+    assert parse_row(canonical_row(example)) == example
+    assert canonical_row(example) == {
+        "query": QUERY,
+        "output": [list(x) for x in ORDERED],
+        **labels,
+    }
+
+
+def test_lines_can_be_left_as_they_stand():
+    assert [list(x) for x in parse_row(FORMATS["searches"], in_order=False).lines] == LINES
+
+
+@pytest.mark.parametrize("text", ["a <|im_end|> b", "<|im_start|>user", "<think> b </think>"])
+def test_a_text_that_would_break_the_frame_is_refused(text):
+    with pytest.raises(ValueError, match="a text holds"):
+        parse_row({"query": QUERY, "output": [["lex", text]]})
+    with pytest.raises(ValueError, match="a text holds"):
+        parse_row({"query": text, "output": [["lex", "a"]]})
 
 
 @pytest.mark.parametrize("name", ["chat", "rendered only", "prompt/completion"])
@@ -251,7 +283,7 @@ def test_a_folder_named_like_the_owner_does_not_hide_a_hub_data_set(tmp_path, mo
     import datasets
 
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, **_: asked.append(name) or [])
+    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **_: asked.append(a[0]) or [])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     with pytest.raises(DataError, match="no rows"):
@@ -273,6 +305,16 @@ def test_file_folder_and_glob_give_the_same_rows(tmp_path, rows):
         assert queries(other.train) == queries(loaded[0].train)
         assert queries(other.validation) == queries(loaded[0].validation)
     assert loaded[-1].train[-1].source.startswith(str(tmp_path / "two" / "b.jsonl"))
+
+
+def test_several_names_are_read_once_each_and_with_duplicates(tmp_path):
+    one = jsonl(tmp_path / "one.jsonl", row("a"), row("A"))
+    two = jsonl(tmp_path / "two.jsonl", row("b"))
+    names = [str(one), str(tmp_path / "*.jsonl")]
+    assert find_files(names) == [one, two]
+    assert queries(read_files(names)) == ["a", "A", "b"]
+    with pytest.raises(DataError, match="none: no such file"):
+        read_files([str(one), "none"])
 
 
 def test_duplicates_go_by_case_and_space_before_the_split(tmp_path):

@@ -163,6 +163,31 @@ def test_accumulated_micro_batches_are_the_whole_batch(batch_size, accumulation,
     assert tokens == expected_tokens.item()
 
 
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "ranks"), [(2, 2, 2), (7, 1, 2), (2, 4, 3), (1, 4, 9)]
+)
+def test_the_ranks_batches_are_the_whole_batch(batch_size, accumulation, ranks, model, some_rows):
+    """The trainer divides what the ranks sum up by their number as well."""
+
+    def loss(model, *batch):
+        return completion_loss(model, *batch)[0]
+
+    parts = [Batches(some_rows, batch_size, accumulation, 0, rank, ranks) for rank in range(ranks)]
+    rows = parts[0].step_rows(0)[-1]
+    streams = [list(part.micro_batches(rows)) for part in parts]
+    assert {len(stream) for stream in streams} == {-(-accumulation // ranks)}
+    every = [batch for stream in streams for batch in stream]
+    assert max(inputs.shape[0] for inputs, *_ in every) <= batch_size
+    total, losses = None, 0.0
+    for batch in every:
+        value, grads = nn.value_and_grad(model, loss)(model, *batch)
+        total = grads if total is None else tree_map(mx.add, total, grads)
+        losses += value.item()
+    whole = gradient(model, loss, *collate(rows))
+    assert same({name: g / len(every) for name, g in tree_flatten(total)}, whole)
+    assert abs(losses / len(every) - completion_loss(model, *collate(rows))[0].item()) < 1e-5
+
+
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 100])
 def test_every_row_is_seen_once_an_epoch(count):
     rows = [Row([1] * (3 + i * 7 % 50), 2, f"row {i}") for i in range(count)]
