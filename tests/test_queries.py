@@ -1,14 +1,12 @@
 """evals/queries.txt: its shape, and that no training row holds one of its queries or a near copy."""
 
 import json
-import re
-import unicodedata
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from dataset.schema import base_query
+from dataset.nearness import near_copies, plain
 from report import script_counts
 
 ROOT = Path(__file__).parent.parent
@@ -28,8 +26,6 @@ CATEGORIES = [
     "typos",
     "very long",
 ]
-# In how many two-letter pieces two queries must agree, at least, to count as near copies.
-NEAR = 0.75
 
 
 def read(path: Path) -> dict[str, list[str]]:
@@ -40,38 +36,6 @@ def read(path: Path) -> dict[str, list[str]]:
             queries = found.setdefault(line[2:], [])
         elif line and not line.startswith("##"):
             queries.append(line)
-    return found
-
-
-def plain(query: str) -> str:
-    """Without case, accents, punctuation, /only: suffix, and with the words in order."""
-    text = unicodedata.normalize("NFKD", base_query(query))
-    text = "".join(char for char in text if not unicodedata.combining(char))
-    return " ".join(sorted(re.findall(r"\w+", text.casefold())))
-
-
-def pieces(text: str) -> Counter[str]:
-    return Counter(text[i : i + 2] for i in range(len(text) - 1)) or Counter([text])
-
-
-def nearness(a: Counter, b: Counter) -> float:
-    """Dice's coefficient of two bags of pieces: 1 for the same, 0 for nothing in common."""
-    return 2 * (a & b).total() / (a.total() + b.total())
-
-
-def near_copies(queries: list[str], trained: list[str]) -> list[tuple[str, str]]:
-    """The (query, row) pairs that are the same but for case, order, suffix or small edits."""
-    rows = {plain(row): row for row in trained}
-    bags = [(row, pieces(text)) for text, row in rows.items()]
-    found = [(query, rows[plain(query)]) for query in queries if plain(query) in rows]
-    for query in queries:
-        bag = pieces(plain(query))
-        size = bag.total()
-        for row, other in bags:
-            # The sizes alone bound the coefficient: most rows need no closer look.
-            bound = 2 * min(size, other.total()) / (size + other.total())
-            if bound >= NEAR and nearness(bag, other) >= NEAR and (query, row) not in found:
-                found.append((query, row))
     return found
 
 

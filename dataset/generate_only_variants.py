@@ -1,0 +1,78 @@
+"""Make `/only:` rows out of full ones: the query with the suffix, and the lines of that type alone.
+
+    python dataset/generate_only_variants.py data/short.jsonl -o data/only_more.jsonl
+    python dataset/generate_only_variants.py --share 0.05 --seed 7 -o more.jsonl
+
+The seed chooses the rows and their type. A row that exists already, in the files read or among the
+new ones, is not made again, and none is made that scores under 80: so a hyde row needs a query
+that names something.
+"""
+
+if not __package__:  # run as a file: start again as a module, which can import the project
+    from entry import restart_as_module
+
+    restart_as_module(__file__)
+
+import argparse
+import json
+import random
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import cli
+from checkpoint import write_text
+from dataset.schema import DATA, Example, base_query, canonical_row, normal_query, read_files
+from prompt import TYPES, render_lines
+from reward import score_expansion_detailed
+
+LEAST = 80
+
+
+def variant(example: Example, kind: str) -> Example | None:
+    """The row for `/only:kind`; None when it would not be worth training on."""
+    query = f"{example.query} /only:{kind}"
+    lines = tuple(line for line in example.lines if line[0] == kind)
+    score = score_expansion_detailed(query, render_lines(lines))
+    if score["percentage"] < LEAST:
+        return None
+    return Example(query, lines, category="only", language=example.language)
+
+
+def make_variants(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
+    """Variants of a `share` of the full rows, at most one of each base query."""
+    taken = {base_query(e.query) for e in examples if base_query(e.query) != normal_query(e.query)}
+    full = {base_query(e.query): e for e in examples if base_query(e.query) not in taken}
+    rng = random.Random(seed)
+    made = []
+    for example in rng.sample(list(full.values()), len(full)):
+        if len(made) >= round(share * len(full)):
+            break
+        kinds = rng.sample(TYPES, len(TYPES))
+        made += list(filter(None, (variant(example, kind) for kind in kinds)))[:1]
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make /only: rows out of full ones.")
+    add = parser.add_argument
+    add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
+    add("--share", type=float, default=0.1, metavar="X", help="of the full rows (default: 0.1)")
+    add("--seed", type=int, default=42, metavar="N", help="chooses rows and types (default: 42)")
+    add("-o", "--output", type=Path, required=True, metavar="FILE", help="where the rows go")
+    args = parser.parse_args()
+    if not 0 < args.share <= 1:
+        parser.error("--share is above 0, and at most 1")
+    if args.output.exists():
+        parser.error(f"{args.output} is there already: name another, or delete it")
+
+    made = make_variants(read_files(args.data), args.share, args.seed)
+    rows = (json.dumps(canonical_row(example), ensure_ascii=False) for example in made)
+    write_text(args.output, "".join(f"{row}\n" for row in rows))
+    kinds = Counter(example.lines[0][0] for example in made)
+    told = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
+    print(f"{args.output}: {len(made)} rows ({told})")
+
+
+if __name__ == "__main__":
+    cli.run(main)

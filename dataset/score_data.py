@@ -1,0 +1,87 @@
+"""Score every row by the rubric that training rewards, and by QMD's filter.
+
+    python dataset/score_data.py                            the rows of data/
+    python dataset/score_data.py rows.jsonl --worst 20
+
+A file's mean and least percentage, its rows under 80, the lines that QMD would drop, a histogram
+of all rows, and the worst rows with what each lost points for.
+"""
+
+if not __package__:  # run as a file: start again as a module, which can import the project
+    from entry import restart_as_module
+
+    restart_as_module(__file__)
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable
+from heapq import nsmallest
+
+import cli
+from dataset.schema import DATA, Example, base_query, read_files
+from prompt import render_lines
+from qmd import kept_lines
+from reward import score_expansion_detailed
+
+LEAST = 80
+BIN = 5
+BAR = 50
+
+
+def score(example: Example) -> tuple[float, int]:
+    """(rubric's percentage, number of lines that QMD would drop)."""
+    text = render_lines(example.lines)
+    kept = kept_lines(base_query(example.query), text)
+    percentage = score_expansion_detailed(example.query, text)["percentage"]
+    return percentage, len(example.lines) - len(kept)
+
+
+def histogram(percentages: Iterable[float]) -> list[str]:
+    """A bar for each BIN percent from the least one found on; 100 falls in the last.
+
+    >>> histogram([92, 97, 100, 98])[0]
+    '   90-95     1  #################'
+    """
+    counts = Counter(min(int(x // BIN), 100 // BIN - 1) for x in percentages)
+    most = max(counts.values())
+    return [
+        f"  {i * BIN:>3}-{(i + 1) * BIN:<3} {counts[i]:>4}  {'#' * -(-BAR * counts[i] // most)}"
+        for i in range(min(counts), 100 // BIN)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Score rows by the rubric and by QMD's filter.")
+    add = parser.add_argument
+    add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
+    add("--worst", type=int, default=5, metavar="N", help="rows shown in full (default: 5)")
+    args = parser.parse_args()
+    from report import format_sample, measure, printable, table
+
+    examples = read_files(args.data)
+    scores = [score(example) for example in examples]
+    files: dict[str, list[tuple[float, int]]] = {}
+    for example, scored in zip(examples, scores, strict=True):
+        files.setdefault(example.source.rpartition(":")[0], []).append(scored)
+    rows = [("file", "rows", "mean", "least", f"under {LEAST}", "lines QMD drops")]
+    for name, of_one in [*files.items(), ("all", scores)]:
+        points = [x for x, _ in of_one]
+        rows.append(
+            (
+                printable(name),
+                str(len(points)),
+                f"{sum(points) / len(points):.1f} %",
+                f"{min(points):.1f} %",
+                str(sum(x < LEAST for x in points)),
+                str(sum(dropped for _, dropped in of_one)),
+            )
+        )
+    print(table(rows), "", *histogram(x for x, _ in scores), "", sep="\n")
+    for i in nsmallest(args.worst, range(len(scores)), key=lambda i: scores[i][0]):
+        example = examples[i]
+        print(f"{printable(example.source)}: ", end="")
+        print(format_sample(example.query, measure(example.query, render_lines(example.lines))))
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,56 @@
+"""Name every row that training could not use, as path:line: reason; exit 1 if there is one.
+
+    python dataset/validate_schema.py                       the rows of data/
+    python dataset/validate_schema.py rows.jsonl 'more/*.jsonl'
+
+Every format that train.py reads is valid. A row is bad when it cannot be read, or when its target
+fails the format that its query asks for. How good a valid row is, score_data.py says.
+"""
+
+if not __package__:  # run as a file: start again as a module, which can import the project
+    from entry import restart_as_module
+
+    restart_as_module(__file__)
+
+import argparse
+
+import cli
+from dataset.schema import DATA, DataError, file_rows, find_files, parse_row
+from prompt import render_lines
+from reward import score_expansion_detailed
+
+
+def check(row: object) -> None:
+    """Raise ValueError with the reason when the row is of no use."""
+    if isinstance(row, ValueError):
+        raise row
+    example = parse_row(row)
+    score = score_expansion_detailed(example.query, render_lines(example.lines))
+    if score["max_possible"] == 100:  # the rubric's sign that the format itself failed
+        raise ValueError(score["deductions"][0])
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Name every row that training could not use.")
+    parser.add_argument("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
+    args = parser.parse_args()
+
+    good = bad = 0
+    for path in find_files(args.data):
+        before = good, bad
+        for place, row in file_rows(path):
+            try:
+                check(row)
+                good += 1
+            except ValueError as error:
+                bad += 1
+                print(f"{place}: {error}")
+        print(f"{path}: {good - before[0]} good rows, {bad - before[1]} bad")
+    if not good + bad:
+        raise DataError(f"{', '.join(args.data)}: there are no rows in it")
+    print(f"in all: {good} good rows, {bad} bad")
+    return int(bad > 0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,145 @@
+"""dataset/clean_data.py: each fault mended or named, the diff, and where it may write."""
+
+import json
+
+import pytest
+from test_schema import FORMATS, jsonl
+
+from dataset.clean_data import cut_at_sentence, mend, remaining
+from dataset.schema import Example, parse_row
+
+HYDE = "Set the provider and the signing key in config.yaml, then restart the server."
+LONG = f"{HYDE} {'More words follow here and there. ' * 6}".strip()
+OK = [["hyde", HYDE], ["lex", "auth settings file"], ["vec", "how to configure authentication"]]
+
+
+def mended(query: str, *lines: tuple[str, str]) -> tuple[list, list]:
+    return mend(Example(query, lines))
+
+
+@pytest.mark.parametrize(
+    ("name", "query", "lines", "expected"),
+    [
+        (
+            "lines out of order",
+            "auth config",
+            [("vec", "sign in with auth"), ("hyde", "auth by key"), ("lex", "auth key")],
+            [("hyde", "auth by key"), ("lex", "auth key"), ("vec", "sign in with auth")],
+        ),
+        (
+            "second hyde line",
+            "auth config",
+            [("hyde", "auth by key"), ("hyde", "auth by card")],
+            [("hyde", "auth by key")],
+        ),
+        ("filler", "jazz piano", [("lex", "jazz chords overview")], [("lex", "jazz chords")]),
+        (
+            "repeats the query",
+            "jazz piano",
+            [("lex", "jazz piano"), ("lex", "jazz chords")],
+            [("lex", "jazz chords")],
+        ),
+        (
+            "same line twice",
+            "jazz piano",
+            [("lex", "jazz chords"), ("lex", "Jazz  Chords"), ("vec", "jazz chords")],
+            [("lex", "jazz chords"), ("vec", "jazz chords")],
+        ),
+        (
+            "dropped by QMD",
+            "jazz piano",
+            [("lex", "jazz chords"), ("lex", "bebop")],
+            [("lex", "jazz chords")],
+        ),
+        (
+            "entity dropped",
+            "memory of AWS Lambda",
+            [("lex", "raise memory limit"), ("vec", "how much memory does AWS give")],
+            [("lex", "AWS raise memory limit Lambda"), ("vec", "how much memory does AWS give")],
+        ),
+        (
+            "entity dropped",
+            "install node.js /only:lex",
+            [("lex", "install javascript runtime")],
+            [("lex", "node.js install javascript runtime")],
+        ),
+    ],
+)  # fmt: skip
+def test_each_fault_is_mended(name, query, lines, expected):
+    assert mended(query, *lines) == (expected, [name])
+    assert mended(query, *expected) == (expected, [])
+    assert remaining(query, expected) == []
+
+
+def test_a_long_hyde_is_cut_after_a_sentence():
+    [(_, text)], done = mended("auth config", ("hyde", LONG.replace("More", "Auth")))
+    assert done == ["long hyde"] and 50 <= len(text) <= 200 and text.endswith("there.")
+    assert cut_at_sentence("Version 1.5 of it. " + "x" * 300) is None  # under 50 characters
+    assert cut_at_sentence("あ" * 60 + "。" + "い" * 200) == "あ" * 60 + "。"
+
+
+def test_what_would_get_worse_stays_and_is_named():
+    # Without its filler the line would be the query; with the entity before it as well.
+    for query, kind, text, fault in (
+        ("jazz piano", "lex", "jazz piano overview", "filler"),
+        ("jazz piano", "lex", "jazz piano", "repeats the query"),
+        ("jazz piano", "hyde", "jazz piano " + "x" * 250, "long hyde"),
+        ("jazz piano", "vec", "which chords are common in bebop", "dropped by QMD"),
+    ):
+        assert mended(query, (kind, text)) == ([(kind, text)], [])
+        assert remaining(query, [(kind, text)])[0] == fault
+
+
+def faulty(path):
+    return jsonl(
+        path,
+        {"query": "auth config", "output": OK, "note": "kept"},
+        {"query": "jazz piano", "output": "lex: jazz piano\nlex: jazz chords", "intent": "music"},
+        {"query": "AUTH config", "output": OK},
+    )
+
+
+def test_without_fix_it_only_reports(script, tmp_path):
+    path = faulty(tmp_path / "rows.jsonl")
+    before = path.read_bytes()
+    code, out = script("clean_data", path)
+    assert code == 1 and path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+    assert out.splitlines() == [
+        f"{path}:2: repeats the query: jazz piano",
+        "- lex: jazz piano",
+        f"{path}:3: query of an earlier row: AUTH config",
+        "to mend: 1 x repeats the query",
+        "to mend: 1 x query of an earlier row",
+        "2 rows with a query of their own",
+    ]
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_fix_writes_where_it_is_told(in_place, script, tmp_path):
+    path, other = faulty(tmp_path / "rows.jsonl"), tmp_path / "clean.jsonl"
+    before = path.read_bytes()
+    code, _ = script("clean_data", path, "--fix", *(["--in-place"] if in_place else ["-o", other]))
+    made = path if in_place else other
+    rows = [json.loads(line) for line in made.read_text().splitlines()]
+    assert rows == [
+        {"query": "auth config", "output": OK, "note": "kept"},
+        {"query": "jazz piano", "output": [["lex", "jazz chords"]], "intent": "music"},
+    ]
+    assert code == 0 and (in_place or path.read_bytes() == before)
+    assert script("clean_data", made)[0] == 0
+
+
+@pytest.mark.parametrize("options", [["--fix"], ["-o", "x"], ["--in-place"]])
+def test_it_must_be_told_twice(options, script, rows):
+    with pytest.raises(SystemExit):
+        script("clean_data", rows, *options)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_row_of_any_format_is_mended_into_the_canonical_one(name, script, tmp_path):
+    text = json.dumps(FORMATS[name]).replace("auth settings", "auth config")
+    path = jsonl(tmp_path / "rows.jsonl", text)
+    script("clean_data", path, "--fix", "--in-place")
+    [row] = map(json.loads, path.read_text().splitlines())
+    found = parse_row(row)
+    assert found.query == "auth config" and found.lines[0] == ("hyde", "Auth.")

@@ -1,0 +1,54 @@
+"""The rows in data/: what the project asks of them, and that their card tells the truth."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from dataset.analyze_data import in_other_language, is_only
+from dataset.clean_data import mend, remaining
+from dataset.nearness import near_duplicates
+from dataset.schema import base_query, normal_query, read_files
+from dataset.score_data import score
+
+ROOT = Path(__file__).parents[1]
+DATA = str(ROOT / "data" / "*.jsonl")
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return read_files([DATA])
+
+
+def test_every_row_is_good_by_the_rubric_and_kept_by_qmd(examples):
+    scores = [score(example) for example in examples]
+    assert len(examples) >= 800 and len({normal_query(e.query) for e in examples}) == len(examples)
+    assert sum(x for x, _ in scores) / len(scores) >= 93
+    assert min(x for x, _ in scores) >= 80 and not any(dropped for _, dropped in scores)
+
+
+def test_every_row_has_the_form_it_should(examples):
+    for example in examples:
+        assert mend(example)[1] == [] == remaining(example.query, example.lines), example.source
+        kinds = Counter(kind for kind, _ in example.lines)
+        assert kinds["hyde"] <= 1 and kinds["lex"] <= 3 and kinds["vec"] <= 3, example.source
+        assert is_only(example) or len(kinds) == 3, example.source
+        assert all(50 <= len(x) <= 200 for kind, x in example.lines if kind == "hyde")
+
+
+def test_the_balance(examples):
+    short = sum(len(base_query(e.query).split()) <= 2 for e in examples) / len(examples)
+    foreign = [e for e in examples if e.language not in (None, "en")]
+    assert 0.15 <= short <= 0.25 and sum(map(is_only, examples)) / len(examples) <= 0.10
+    assert len(foreign) / len(examples) >= 0.15 and len({e.language for e in foreign}) >= 10
+    assert not any(map(in_other_language, examples))
+    assert len(list(near_duplicates(e.query for e in examples))) <= 5
+
+
+def test_the_card_has_the_figures_of_the_tools(script, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    assert script("score_data", "--worst", "0")[1].strip("\n") in card
+    told = [line for line in script("analyze_data", "--top", "0")[1].splitlines() if line]
+    figures = [x for x in told if not x.startswith("  ") or x.startswith("  labelled other")]
+    assert len(figures) >= 10 and all(line in card for line in figures[1:])

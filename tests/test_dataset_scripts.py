@@ -1,0 +1,114 @@
+"""What the scripts of dataset/ share: how they start, and files that are not as they should be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_schema import FORMATS, jsonl, row
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted(
+    path.stem
+    for path in (ROOT / "dataset").glob("*.py")
+    if "restart_as_module(__file__)" in path.read_text(encoding="utf-8")
+)
+READERS = [
+    "validate_schema",
+    "score_data",
+    "analyze_data",
+    "clean_data",
+    "prepare_data",
+    "generate_only_variants",
+]
+WRITERS = {"prepare_data": "prepared", "generate_only_variants": "only.jsonl"}
+GOOD = json.dumps(row("auth config"), ensure_ascii=False).encode()
+# name: bytes, line and reason of what is broken
+BROKEN = {
+    "empty": (b"", "there are no rows in it"),
+    "blank": (b"\n \n", "there are no rows in it"),
+    "null row": (GOOD + b"\nnull\n", ":2: a row is an object, found NoneType"),
+    "null query": (GOOD + b'\n{"query": null, "output": [["lex", "a"]]}', ":2: the query is None"),
+    "wrong type": (GOOD + b'\n{"query": "a", "output": 7}', ":2: no known format"),
+    "bad UTF-8": (GOOD + b'\n{"query": "\xff"}\n', ":2: not UTF-8"),
+    "cut off": (GOOD + b'\n{"query": "a", "outp', ":2: not valid JSON"),
+}
+MEGABYTE = json.dumps({"query": "long", "output": [["lex", "long " * 200_000]]}).encode()
+READABLE = {
+    "Windows line ends": GOOD + b"\r\n" + json.dumps(row("other")).encode() + b"\r\n",
+    "byte order mark": b"\xef\xbb\xbf" + GOOD + b"\n",
+    "a line of a megabyte": GOOD + b"\n" + MEGABYTE,
+    "no newline at the end": GOOD,
+}
+
+
+def output(name: str, folder: Path) -> list[str | Path]:
+    return ["-o", folder / WRITERS[name]] if name in WRITERS else []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_it_starts_as_a_file_and_as_a_module(name, run, tmp_path):
+    # Another package of the same name where the user stands must not be taken for ours.
+    decoy = tmp_path / "dataset" / f"{name}.py"
+    decoy.parent.mkdir()
+    decoy.write_text("raise SystemExit('the wrong one')")
+    as_file = run([f"dataset/{name}.py", "--help"], cwd=tmp_path)
+    assert as_file.returncode == 0, as_file.stderr
+    command = [sys.executable, "-m", f"dataset.{name}", "--help"]
+    as_module = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert as_file.stdout == as_module.stdout and f"usage: {name}.py" in as_file.stdout
+
+
+def test_the_readers_are_scripts():
+    assert set(READERS) <= set(SCRIPTS)
+
+
+def test_arguments_folder_and_exit_code_survive_the_restart(run, tmp_path):
+    jsonl(tmp_path / "my rows.jsonl", b"{")
+    done = run(["dataset/validate_schema.py", "my rows.jsonl"], cwd=tmp_path)
+    assert done.returncode == 1 and done.stdout.startswith("my rows.jsonl:1: not valid JSON")
+    done = run(["dataset/score_data.py", "none.jsonl"], cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: none.jsonl: no such file or folder, and no file matches\n"
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_file_is_told_with_its_place(case, name, script, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    data, reason = BROKEN[case]
+    path.write_bytes(data)
+    if name == "validate_schema" and reason.startswith(":"):
+        code, out = script(name, path)
+        assert code == 1 and f"{path}{reason}" in out
+    else:
+        with pytest.raises(ValueError, match=r"rows\.jsonl") as caught:
+            script(name, path, *output(name, tmp_path))
+        assert f"{path}{reason}" in str(caught.value) or reason in str(caught.value)
+        assert [found.name for found in tmp_path.iterdir()] == ["rows.jsonl"]  # nothing written
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("case", READABLE)
+def test_what_other_systems_write_is_read(case, name, script, tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(READABLE[case])
+    code, _ = script(name, path, *output(name, tmp_path))
+    # The rows of this file have faults that clean_data.py finds.
+    assert code == (name == "clean_data")
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_format_is_read(name, script, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", *FORMATS.values())
+    code, out = script(name, path, *output(name, tmp_path))
+    told = {
+        "validate_schema": f"in all: {len(FORMATS)} good rows, 0 bad",
+        "score_data": "lines QMD drops",
+        "analyze_data": f"{len(FORMATS)} rows",
+        "clean_data": f"{len(FORMATS) - 1} x query of an earlier row",
+        "prepare_data": f"{len(FORMATS)} rows read, {len(FORMATS) - 1} duplicate queries",
+        "generate_only_variants": "only.jsonl: ",
+    }
+    assert told[name] in out and code == (name == "clean_data")

@@ -1,0 +1,80 @@
+"""dataset/prepare_data.py: the same training rows as without it, no duplicates, no leaks."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_schema import FORMATS, jsonl, row
+
+from config import load_config
+from inputs import read_rows
+from prompt import render_prompt, render_target
+
+ROOT = Path(__file__).parents[1]
+SPLITS = ("train.jsonl", "val.jsonl")
+
+
+def trained_on(name: str) -> tuple[list, list]:
+    """What `train.py sft` trains and validates on, places aside."""
+    rows = read_rows(load_config("sft", None, [f"dataset.name={name}"])[0])
+    return tuple([replace(e, source="") for e in side] for side in (rows.train, rows.validation))
+
+
+def test_training_on_the_folder_and_on_its_source_is_the_same(script, rows, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    # One of them is nearly an evaluation query, which training alone does not leave out.
+    lines = [x for x in rows.read_bytes().splitlines() if b"sourdough starter" not in x]
+    labelled = {**row("one"), "category": "short", "intent": "numbers", "language": "en"}
+    jsonl(tmp_path / "data" / "a.jsonl", *lines[:10], labelled, row("ONE"), FORMATS["chat"])
+    jsonl(tmp_path / "data" / "b.jsonl", *lines[10:], row("two /only:lex"), row("Two"))
+    source = trained_on("data/*.jsonl")
+    code, out = script("prepare_data")
+    assert code == 0 and "24 in train.jsonl, 3 in val.jsonl" in out
+    assert trained_on("data/train") == source and len(source[1]) == 3
+    assert trained_on("data/*.jsonl") == source  # the glob does not pick up what was written
+    before = [(tmp_path / "data/train" / name).read_bytes() for name in (*SPLITS, "card.json")]
+    script("prepare_data", "data/*.jsonl")
+    assert before == [(tmp_path / "data/train" / n).read_bytes() for n in (*SPLITS, "card.json")]
+
+
+def test_text_and_messages_are_what_training_sees(script, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", FORMATS["input/output"])
+    script("prepare_data", path, "-o", tmp_path / "out", "--eval-split", "0")
+    [made] = map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())
+    lines = (
+        ("hyde", "Auth."),
+        ("lex", "auth settings"),
+        ("vec", "how to configure authentication"),
+    )
+    assert made["text"] == render_prompt("auth config") + render_target(lines)
+    assert made["messages"][0]["content"] == "/no_think Expand this search query: auth config"
+    assert made["messages"][1]["content"].endswith("vec: how to configure authentication\n")
+    assert (tmp_path / "out" / "val.jsonl").read_text() == ""
+
+
+def test_evaluation_queries_and_near_copies_are_left_out_and_named(script, tmp_path):
+    leaks = ["NGINX upstream keepalive connection", "wifi password for the cabin? /only:vec"]
+    kept = [f"harmless query number {i}" for i in range(20)]
+    path = jsonl(tmp_path / "rows.jsonl", *map(row, [*leaks, *kept]))
+    _, out = script("prepare_data", path, "-o", tmp_path / "out")
+    made = "".join((tmp_path / "out" / name).read_text() for name in SPLITS)
+    assert out.count("left out") == 2 and len(made.splitlines()) == 20
+    card = json.loads((tmp_path / "out" / "card.json").read_text())
+    assert {leak["row"] for leak in card["leaks"]} == set(leaks)
+    assert all(leak not in made for leak in leaks)
+    assert card["splits"]["train"]["rows"] + card["splits"]["val"]["rows"] == 20
+
+
+def test_mistakes_write_nothing(script, rows, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        script("prepare_data", rows, rows, "-o", tmp_path / "out")
+    assert "quote the glob" in capsys.readouterr().err
+    leak = jsonl(tmp_path / "leak.jsonl", row("cold brew ratio"))
+    with pytest.raises(ValueError, match="no row is left to train on"):
+        script("prepare_data", leak, "-o", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_prepared_is_not_committed():
+    assert "/data/train/" in (ROOT / ".gitignore").read_text().splitlines()

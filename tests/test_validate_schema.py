@@ -1,0 +1,39 @@
+"""dataset/validate_schema.py: every bad row by its place, counts, the exit code."""
+
+from test_schema import jsonl
+
+GOOD = {"query": "auth config", "output": [["lex", "auth settings"], ["vec", "how to sign in"]]}
+
+
+def test_every_bad_row_is_named_and_counted(script, tmp_path):
+    first = jsonl(tmp_path / "a.jsonl", GOOD, "[]", GOOD, {"query": "a"}, "")
+    second = jsonl(tmp_path / "b.jsonl", GOOD)
+    code, out = script("validate_schema", first, second)
+    assert code == 1
+    assert out.splitlines() == [
+        f"{first}:2: a row is an object, found list",
+        f"{first}:4: no known format: found ['query'], expected one of query + output, "
+        "input + output, query + searches, messages, prompt + completion",
+        f"{first}: 2 good rows, 2 bad",
+        f"{second}: 1 good rows, 0 bad",
+        "in all: 3 good rows, 2 bad",
+    ]
+
+
+def test_a_target_that_the_query_does_not_ask_for_is_bad(script, tmp_path):
+    asked = {"query": "auth config /only:hyde", "output": [["lex", "auth settings"]]}
+    path = jsonl(tmp_path / "rows.jsonl", asked)
+    assert script("validate_schema", path) == (
+        1,
+        f"{path}:1: no hyde line, and only hyde is asked for\n"
+        f"{path}: 0 good rows, 1 bad\nin all: 0 good rows, 1 bad\n",
+    )
+
+
+def test_good_rows_leave_the_exit_code_zero(script, rows):
+    code, out = script("validate_schema", rows)
+    assert code == 0 and out.endswith("in all: 24 good rows, 0 bad\n")
+
+
+def test_a_file_named_twice_is_read_once(script, rows):
+    assert "in all: 24 good rows" in script("validate_schema", rows, rows)[1]
