@@ -1,8 +1,8 @@
 """Export a trained model: `python convert.py`, then `ollama create` or a line in QMD's config.
 
 Fuses base → SFT → GRPO in float32 and writes GGUF files that llama.cpp, QMD and Ollama run as
-trained, and a Modelfile. Left out: uploading, importance matrices, RoPE scaling, other architectures
-than qwen3, qwen2 and llama.
+trained, and a Modelfile; --push publishes them with their evaluation. Left out: importance matrices,
+RoPE scaling, other architectures than qwen3, qwen2 and llama.
 """
 
 import argparse
@@ -65,6 +65,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ollama", metavar="NAME", help="run ollama create NAME at the end")
     parser.add_argument("--mlx", metavar="DIR", type=Path, help="write the fused model for MLX")
     parser.add_argument("--peft", metavar="DIR", type=Path, help="write the adapter for PEFT")
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="publish on the Hub, when better than what is there; the GGUF files in OWNER/NAME-gguf",
+    )
+    parser.add_argument(
+        "--no-push",
+        dest="push",
+        action="store_const",
+        const="",
+        help="not even when the run's configuration has model.push_to_hub: true",
+    )
+    parser.add_argument(
+        "--evaluation",
+        metavar="FILE",
+        type=Path,
+        help="of the model, from eval.py -o; it is published too (default: MODEL/evaluation.json)",
+    )
+    parser.add_argument(
+        "--force", metavar="REASON", help="publish what is not better; the card gives the reason"
+    )
     arguments = parser.parse_args()
     if arguments.quantize is None:
         arguments.quantize = [] if arguments.mlx or arguments.peft else DEFAULT_TYPES
@@ -82,6 +103,8 @@ def check(arguments: argparse.Namespace) -> None:
         check_ollama(arguments.ollama)
         if not arguments.quantize:
             raise ValueError("--ollama needs a GGUF file: name a type with --quantize")
+    if arguments.push and not arguments.quantize:
+        raise ValueError("--push needs a GGUF file: name a type with --quantize")
 
 
 def check_ollama(name: str) -> None:
@@ -169,6 +192,26 @@ def write_gguf_files(chain, arguments: argparse.Namespace, name: str) -> list[Pa
     return paths
 
 
+def prepare_publication(chain, arguments: argparse.Namespace, name: str):
+    """What may be published after the export; None where nobody asked for it.
+
+    Raises:
+        ValueError: it is refused.
+    """
+    import publish
+
+    repo = publish.target(arguments.push, chain, name)
+    if repo is None:
+        if arguments.evaluation or arguments.force:
+            raise ValueError(
+                "--evaluation and --force say how to publish: name a --push OWNER/NAME"
+            )
+        return None
+    publication = publish.prepare(repo, chain, arguments.evaluation, arguments.force)
+    print(f"{repo}: {publication.record['publication']['verdict']}")
+    return publication
+
+
 def run_ollama(name: str, path: Path) -> None:
     """Raises OSError when `ollama create` fails, after its own output."""
     command = ["ollama", "create", name, "-f", str(path)]
@@ -202,6 +245,8 @@ def main() -> None:
     mx.set_cache_limit(0)  # freed tensors go back to the system
     chain = read_chain(arguments.model or trained_model())
     print(" + ".join([chain.base, *map(str, chain.adapters)]))
+    name = (arguments.name or default_name(chain.base)).lower()
+    publication = prepare_publication(chain, arguments, name) if arguments.quantize else None
     if arguments.mlx or arguments.peft:
         from formats import write_mlx, write_peft
 
@@ -213,12 +258,15 @@ def main() -> None:
             print(f"{arguments.peft}: a PEFT adapter of rank {rank} over {chain.base}")
     if not arguments.quantize:
         return
-    name = (arguments.name or default_name(chain.base)).lower()
     paths = write_gguf_files(chain, arguments, name)
     path = arguments.output / "Modelfile"
     write_text(path, modelfile(paths[0].name))
     if arguments.ollama:
         run_ollama(arguments.ollama, path)
+    if publication:
+        from publish import upload
+
+        upload(publication, paths, path)
     show_next(arguments.ollama or name, paths[0], path)
 
 

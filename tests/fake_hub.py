@@ -5,7 +5,8 @@
 ROOT/models/<owner>/<name>/... and ROOT/datasets/<owner>/<name>/... are served; a commit is added
 to them and to ROOT/uploads/; every request is a line of ROOT/requests.log. The port is chosen by
 the system and printed as the first line. Clients need HF_ENDPOINT=http://127.0.0.1:PORT, an empty
-HF_HOME, and HF_HUB_DISABLE_XET=1. There is one revision, no access control and no git.
+HF_HOME, and HF_HUB_DISABLE_XET=1. There is one revision, no access control and no git. While there
+is a file ROOT/cut, uploads of more bytes than the number in it stay half-way.
 """
 
 import base64
@@ -17,7 +18,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = r"(?P<repo>[^/]+/[^/]+)"
 LFS_SUFFIXES = (".safetensors", ".gguf")
 LFS_SIZE = 10_000_000  # bytes from which any file goes through LFS
@@ -67,10 +67,18 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def do_PUT(self) -> None:
+        cut, size = self.server.root / "cut", int(self.headers.get("Content-Length", 0))
+        if cut.exists() and size > int(cut.read_text()):
+            self.rfile.read(size // 2)
+            self.server.log.write(f"CUT {self.path}\n")
+            self.rfile.read()  # until the client is gone
+            self.close_connection = True
+            return
         self.route({r"/lfs/(?P<oid>[0-9a-f]+)": self.lfs_upload})
 
     def route(self, routes: dict) -> None:
         path = unquote(urlparse(self.path).path)
+        self.repo: Path | None = None
         self.body = self.read_body()
         authorised = "Authorization" in self.headers
         self.server.log.write(f"{self.command} {self.path} {len(self.body)} auth={authorised}\n")
@@ -96,7 +104,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Type", "application/octet-stream" if raw else "application/json")
         self.send_header("Content-Length", str(len(body)))
-        self.send_header("X-Repo-Commit", COMMIT)
+        if self.repo:
+            self.send_header("X-Repo-Commit", head(self.repo))
         for name, text in headers.items():
             self.send_header(name.replace("_", "-"), text)
         self.end_headers()
@@ -107,7 +116,9 @@ class Handler(BaseHTTPRequestHandler):
         self.send({"error": code}, 404, X_Error_Code=code, X_Error_Message=code)
 
     def folder(self, kind: str | None, repo: str) -> Path:
-        return self.server.root / (kind or "models").rstrip("/") / repo
+        folder = self.server.root / (kind or "models").rstrip("/") / repo
+        self.repo = folder if folder.is_dir() else None
+        return folder
 
     # Reading.
 
@@ -123,7 +134,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.send(
             {
                 "id": repo,
-                "sha": COMMIT,
+                "sha": head(folder),
                 "private": False,
                 "gated": False,
                 "disabled": False,
@@ -196,10 +207,10 @@ class Handler(BaseHTTPRequestHandler):
         )
 
     def lfs_batch(self, repo: str) -> None:
-        objects = [
-            item | {"actions": {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}}
-            for item in json.loads(self.body)["objects"]
-        ]
+        objects = json.loads(self.body)["objects"]
+        for item in objects:
+            if not (self.server.root / "uploads" / "lfs" / item["oid"]).is_file():
+                item["actions"] = {"upload": {"href": f"{self.server.url}/lfs/{item['oid']}"}}
         self.send({"transfer": "basic", "objects": objects})
 
     def lfs_upload(self, oid: str) -> None:
@@ -207,23 +218,39 @@ class Handler(BaseHTTPRequestHandler):
         self.send({})
 
     def commit(self, kind: str, repo: str) -> None:
-        for line in self.body.splitlines():
-            operation = json.loads(line)
+        folder, contents = self.folder(kind, repo), {}
+        for operation in map(json.loads, self.body.splitlines()):
             value = operation["value"]
             if operation["key"] == "file":
-                data = base64.b64decode(value["content"])
+                contents[value["path"]] = base64.b64decode(value["content"])
             elif operation["key"] == "lfsFile":
-                data = (self.server.root / "uploads" / "lfs" / value["oid"]).read_bytes()
-            else:  # the header
-                continue
-            write(self.server.root / "uploads" / kind / repo / value["path"], data)
-            write(self.folder(kind, repo) / value["path"], data)
-        url = f"{self.server.url}/{repo}/commit/{COMMIT}"
-        self.send({"success": True, "commitOid": COMMIT, "commitUrl": url, "hookOutput": ""})
+                stored = self.server.root / "uploads" / "lfs" / value["oid"]
+                contents[value["path"]] = stored.read_bytes()
+            elif operation["key"] == "deletedFile":
+                contents[value["path"]] = None
+            elif value.get("parentCommit", head(folder)) != head(folder):
+                return self.send({"error": "A commit has happened since."}, 412)
+        for path, data in contents.items():
+            if data is None:
+                (folder / path).unlink()
+            else:
+                write(self.server.root / "uploads" / kind / repo / path, data)
+                write(folder / path, data)
+        commit = head(folder)
+        url = f"{self.server.url}/{repo}/commit/{commit}"
+        return self.send({"success": True, "commitOid": commit, "commitUrl": url, "hookOutput": ""})
 
 
 def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def head(folder: Path) -> str:
+    """The commit that a repository is at: a digest of its files."""
+    digest = hashlib.sha1()
+    for path in files(folder):
+        digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
 
 
 def write(path: Path, data: bytes) -> None:

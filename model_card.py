@@ -1,0 +1,104 @@
+"""The README.md of a published model, from model_card.md: figures, how to run it, where it is from."""
+
+from pathlib import Path
+
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import EntryNotFoundError
+
+from model import Chain
+from prompt import render_prompt, user_message
+from report import format_summary
+
+CARD, EVALUATION = "README.md", "evaluation.json"
+TEMPLATE = Path(__file__).parent / "model_card.md"
+
+
+def run_config(chain: Chain) -> Path | None:
+    """The configuration of the chain's last training run; None where none was kept."""
+    paths = [folder / "config.yaml" for folder in chain.adapters[-1:]]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def licence(chain: Chain) -> dict:
+    """What the base's own card says of its licence; nothing where it has no card."""
+    path = chain.path / CARD
+    if chain.revision:
+        try:
+            path = Path(HfApi().hf_hub_download(chain.base, CARD, revision=chain.revision))
+        except EntryNotFoundError:
+            return {}
+    if not path.is_file():
+        return {}
+    data = ModelCard.load(path, ignore_metadata_errors=True).data
+    return {key: data.get(key) for key in ("license", "license_name", "license_link")}
+
+
+def eval_results(summary: dict, decode: dict, source: str) -> list[EvalResult]:
+    """The figures that the Hub shows beside the card; `source` is the evaluation's address."""
+    metrics = {
+        "average": summary["average"],
+        "excellent": 100 * summary["ratings"]["Excellent"] / summary["samples"],
+        "valid_format": 100 * summary["shares"]["valid"],
+        "kept_lines": summary["qmd"]["kept"],
+    }
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="search-queries",
+            dataset_name=f"{summary['queries']} search queries",
+            dataset_args=decode,
+            metric_type=name,
+            metric_value=round(value, 2),
+            source_name=EVALUATION,
+            source_url=source,
+        )
+        for name, value in metrics.items()
+    ]
+
+
+def render_card(
+    repo: str, model_repo: str, gguf: str, chain: Chain, record: dict, terms: dict
+) -> str:
+    """The card of `repo`, which is `model_repo` or the repository of its GGUF files.
+
+    Args:
+        gguf: the file that the commands name.
+        record: the evaluation, with its "publication".
+        terms: from `licence`.
+    """
+    endpoint, summary = HfApi().endpoint, record["summary"]
+    source = f"{endpoint}/{model_repo}/blob/main/{EVALUATION}"
+    origin = {"library_name": "gguf", "base_model": model_repo, "base_model_relation": "quantized"}
+    if repo == model_repo:
+        origin = {"library_name": "mlx"}
+        if chain.revision:  # a local base has no page that could be named
+            origin |= {"base_model": chain.base, "base_model_relation": "finetune"}
+    data = ModelCardData(
+        pipeline_tag="text-generation",
+        tags=["query-expansion", "qmd"],
+        model_name=repo,
+        eval_results=eval_results(summary, record["decode"], source),
+        **origin,
+        **terms,
+    )
+    config = run_config(chain)
+    card = ModelCard.from_template(
+        data,
+        template_path=str(TEMPLATE),
+        repo=repo,
+        model_repo=model_repo,
+        name=model_repo.split("/")[1],
+        gguf=gguf,
+        endpoint=endpoint,
+        source=source,
+        base=chain.base if chain.revision else Path(chain.base).name,
+        revision=chain.revision,
+        adapters=len(chain.adapters),
+        figures=format_summary(summary, record["leaks"]),
+        decode=", ".join(f"{name} {value}" for name, value in record["decode"].items()),
+        message=user_message("auth config"),
+        prompt=render_prompt("auth config").rstrip("\n"),
+        config=config and config.read_text(encoding="utf-8").rstrip("\n"),
+        **record["publication"],
+    )
+    return str(card)
