@@ -1,0 +1,45 @@
+"""Expand queries from Python, as a program of your own would: load once, then ask.
+
+    python examples/expand.py "auth config" "sourdough starter" --model outputs/grpo
+
+Prints the lines that QMD would search with. Decoding is greedy; eval.py's --decode qmd shows how
+QMD's sampling and grammar are had.
+"""
+
+if not __package__:  # run as a file: start again as a module, which can import the project
+    from entry import restart_as_module
+
+    restart_as_module(__file__)
+
+import argparse
+
+import cli
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Expand search queries.")
+    parser.add_argument("queries", nargs="+", metavar="QUERY")
+    parser.add_argument("--model", help="adapter folder, model folder or Hub id")
+    arguments = parser.parse_args()
+
+    from decode import generate
+    from model import end_token, load_chain, read_chain, trained_model
+    from prompt import render_prompt
+    from qmd import kept_lines
+
+    model, tokenizer = load_chain(read_chain(arguments.model or trained_model()), fuse_last=True)
+    end = end_token(tokenizer)
+    prompts = [
+        tokenizer.encode(render_prompt(query), add_special_tokens=False)
+        for query in arguments.queries
+    ]
+    completions = generate(model, prompts, max_tokens=200, end=end)
+    for query, completion in zip(arguments.queries, completions, strict=True):
+        text = tokenizer.decode([token for token in completion.tokens if token != end])
+        print(query)
+        for kind, line in kept_lines(query, text):
+            print(f"  {kind}: {line}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

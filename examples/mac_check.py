@@ -1,0 +1,108 @@
+"""Measure short runs of train.py on this machine; examples/mac_check.sh sets up and calls it.
+
+A few steps of SFT with the default batch and of GRPO from its adapter, for each model with its
+weights whole and in 4 bits. The figures come from the runs' own metrics.jsonl. The adapters are
+worth nothing: after so few steps completions run to their limit, so GRPO is slower than in earnest.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import cli
+from report import table
+
+MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B")
+STEPS = {"sft": 6, "grpo": 3}
+SETTINGS = ("dataset.name=data/*.jsonl", "dataset.eval_split=0")
+OUTPUT = Path("outputs/mac_check")
+
+
+def train(stage: str, folder: Path, *settings: str) -> None:
+    """Run a stage of train.py into `folder`.
+
+    Raises:
+        ValueError: it failed; carries its exit code and the last line of its errors.
+    """
+    command = [sys.executable, "train.py", stage, "--overwrite"]
+    for setting in (
+        *SETTINGS,
+        *settings,
+        f"model.output={folder}",
+        f"training.max_steps={STEPS[stage]}",
+    ):
+        command += ["--set", setting]
+    done = subprocess.run(
+        command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        reason = (done.stderr.strip() or "no message; killed for want of memory?").splitlines()[-1]
+        raise ValueError(f"exit code {done.returncode}: {reason}")
+
+
+def figures(folder: Path) -> tuple[str, str, str]:
+    """Steps and tokens a second and the peak memory of a run, without its first step."""
+    text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    first, *rest = map(json.loads, text.splitlines())  # the first step compiles kernels
+    seconds = rest[-1]["seconds"] - first["seconds"]
+    tokens = sum(record["tokens_per_second"] for record in rest) / len(rest)
+    peak = max(record["peak_memory_gb"] for record in (first, *rest))
+    return f"{len(rest) / seconds:.3f}", f"{tokens:.0f}", f"{peak:.1f}"
+
+
+def measure(models: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """(rows of figures, one line for each run that failed)"""
+    rows, failed = [], []
+    for model in models:
+        for weights, four_bits in (("whole", "false"), ("4-bit", "true")):
+            folder = OUTPUT / f"{Path(model).name}-{weights}"
+            sft, grpo = folder / "sft", folder / "grpo"
+            base = (f"model.base={model}", f"model.load_in_4bit={four_bits}")
+            # GRPO needs the adapter of the SFT run before it: both or the reason why not.
+            runs = (("sft", sft, base), ("grpo", grpo, (f"model.sft={sft}", "grpo.eval_prompts=0")))
+            for stage, output, settings in runs:
+                print(f"== {model} {weights} {stage}", file=sys.stderr, flush=True)
+                try:
+                    train(stage, output, *settings)
+                except ValueError as error:
+                    failed.append(f"failed   {model} {weights} {stage}: {error}")
+                    break
+                rows.append((model, weights, stage, *figures(output)))
+    return rows, failed
+
+
+def machine() -> list[str]:
+    import mlx.core as mx
+
+    from model import compute_dtype
+
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
+    packages = ("mlx", "mlx-lm")
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    dtype = str(compute_dtype()).removeprefix("mlx.core.")
+    return [
+        f"system   {system}, {platform.machine()}, {memory:.0f} GB, {os.cpu_count()} cores",
+        f"device   {mx.default_device()}, weights in {dtype}",
+        # The chip's name and, on Metal, what memory may be used.
+        *(f"         {name} {value}" for name, value in mx.device_info().items()),
+        f"versions Python {platform.python_version()}, {', '.join(versions)}",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure SFT and GRPO on this machine.")
+    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help="id or folder")
+    rows, failed = measure(parser.parse_args().models)
+    head = ("model", "weights", "stage", "steps/s", "tokens/s", "peak GB")
+    print("```", *machine(), table([head, *rows]), *failed, "```", sep="\n")
+    return 0 if rows else 1
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,90 @@
+"""Make training queries out of your own notes, so that GRPO learns their vocabulary.
+
+    python examples/notes_queries.py ~/notes -o outputs/notes.jsonl
+    python train.py grpo --set dataset.name=outputs/notes.jsonl --set model.output=outputs/notes
+
+Every heading of the Markdown files becomes a query, but for those of more than one file ("Summary",
+"Links"): GRPO needs queries alone, for it writes expansions itself and scores them. The row's
+expansion is the paragraph under the heading, as the passage that a search should find, and is there
+for `eval.py --golden`: it holds no lex and no vec line, so do not train SFT on these rows. Nothing
+leaves this machine, but queries and passages stand in the file: treat it as you treat your notes.
+"""
+
+if not __package__:  # run as a file: start again as a module, which can import the project
+    from entry import restart_as_module
+
+    restart_as_module(__file__)
+
+import argparse
+import json
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import cli
+from checkpoint import write_text
+from dataset.schema import normal_query
+
+PASSAGE = 200  # characters, about what reward.py wants of a hyde line
+FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
+CODE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
+HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
+# [text](url), ![text](file), [[page]], [[page|text]]
+LINK = re.compile(r"!?\[+([^\[\]]*?)(?:\|([^\[\]]*))?\]+(?:\([^()]*\))?")
+# Marks of emphasis, not the underscores within a name; quotes and list items.
+MARKUP = re.compile(r"`+|(?<!\w)[*_~]+|[*_~]+(?!\w)|^[>\-+ \t]+", re.MULTILINE)
+
+
+def plain(text: str) -> str:
+    """Markdown as one line of plain text.
+
+    >>> plain("**Rotate** the [TLS keys](https://x.y), see [[ops/keys|the page]]")
+    'Rotate the TLS keys, see the page'
+    """
+    return " ".join(MARKUP.sub("", LINK.sub(lambda m: m[2] or m[1], text)).split())
+
+
+def headings(text: str) -> Iterator[tuple[str, str]]:
+    """(heading, the first paragraph under it) of a note; headings with nothing under them are left out.
+
+    >>> list(headings("# TLS keys\\n\\nRotate *monthly*.\\n\\nMore.\\n## Empty\\n"))
+    [('TLS keys', 'Rotate monthly.')]
+    """
+    _, *parts = HEADING.split(CODE.sub("", FRONT_MATTER.sub("", text)))
+    for heading, below in zip(parts[::2], parts[1::2], strict=True):
+        query, passage = plain(heading), plain(below.strip().split("\n\n")[0])
+        if query and passage:
+            yield query, textwrap.shorten(passage, PASSAGE, placeholder=" …")
+
+
+def rows(folder: Path) -> list[dict]:
+    """One row a heading.
+
+    Raises:
+        ValueError: there is none.
+    """
+    found: dict[str, dict[Path, dict]] = {}  # query → the notes that have it → the row
+    for path in sorted(folder.expanduser().rglob("*.md")):
+        for query, passage in headings(path.read_text(encoding="utf-8", errors="replace")):
+            row = {"query": query, "output": [["hyde", passage]]}
+            found.setdefault(normal_query(query), {}).setdefault(path, row)
+    chosen = [row for notes in found.values() if len(notes) == 1 for row in notes.values()]
+    if not chosen:
+        raise ValueError(f"{folder}: no .md file in it has a heading of its own with text under it")
+    return chosen
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Make GRPO queries out of Markdown notes.")
+    parser.add_argument("notes", type=Path, metavar="FOLDER")
+    parser.add_argument("-o", "--output", type=Path, default=Path("outputs/notes.jsonl"))
+    arguments = parser.parse_args()
+    found = rows(arguments.notes)
+    lines = [json.dumps(row, ensure_ascii=False) for row in found]
+    write_text(arguments.output, "\n".join(lines) + "\n")
+    print(f"{arguments.output}: {len(found)} queries")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,63 @@
+"""Ask the model in Ollama through its API, with the standard library alone.
+
+    ollama create qmd-query-expansion -f outputs/gguf/Modelfile
+    python examples/ollama_client.py "auth config"
+
+The message is the prompt's user turn; the frame around it and the sampling are in the Modelfile.
+"""
+
+if not __package__:  # run as a file: start again as a module, which can import the project
+    from entry import restart_as_module
+
+    restart_as_module(__file__)
+
+import argparse
+import json
+import urllib.error
+import urllib.request
+
+import cli
+from prompt import user_message
+from qmd import kept_lines
+
+
+def chat(host: str, model: str, message: str) -> str:
+    """The model's answer to one message.
+
+    Raises:
+        ValueError: Ollama cannot be reached, does not have the model, or answers something else.
+    """
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": message}],
+        "stream": False,
+    }
+    request = urllib.request.Request(
+        f"{host.rstrip('/')}/api/chat",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return json.load(response)["message"]["content"]
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"{host}: {error}: {error.read().decode(errors='replace')}") from None
+    except OSError as error:
+        raise ValueError(f"{host}: {error}; is `ollama serve` running?") from None
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{host}: what answers there is not Ollama") from None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Expand a search query with Ollama.")
+    parser.add_argument("query")
+    parser.add_argument("--model", default="qmd-query-expansion", help="default: %(default)s")
+    parser.add_argument("--host", default="http://127.0.0.1:11434", help="default: %(default)s")
+    arguments = parser.parse_args()
+    text = chat(arguments.host, arguments.model, user_message(arguments.query))
+    for kind, line in kept_lines(arguments.query, text):
+        print(f"{kind}: {line}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,108 @@
+"""Set a GGUF file as QMD's model for query expansion, in its configuration file.
+
+    python examples/qmd_config.py outputs/gguf/NAME-q4_k_m.gguf            shows the change
+    python examples/qmd_config.py outputs/gguf/NAME-q4_k_m.gguf --write    makes it, with a backup
+
+Only the text of models.generate is changed: comments and the rest of the file stay as they are.
+"""
+
+if not __package__:  # run as a file: start again as a module, which can import the project
+    from entry import restart_as_module
+
+    restart_as_module(__file__)
+
+import argparse
+import difflib
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import yaml
+
+import cli
+from checkpoint import write_text
+
+
+def config_path() -> Path:
+    """Where QMD itself looks for its configuration."""
+    config_home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
+    return Path(os.environ.get("QMD_CONFIG_DIR") or Path(config_home, "qmd"), "index.yml")
+
+
+def check_gguf(path: Path) -> None:
+    """Raises ValueError for what is no GGUF file: QMD would delete it."""
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise ValueError(f"{path}: not a GGUF file; convert.py writes them")
+
+
+def _find(mapping: yaml.MappingNode, name: str) -> tuple[yaml.Node, yaml.Node] | None:
+    """The nodes (key, value) of `name`; they know their places in the text."""
+    return next((pair for pair in mapping.value if pair[0].value == name), None)
+
+
+def set_generate(text: str, model: str) -> str:
+    """A YAML text with models.generate set to `model` and everything else as it is.
+
+    Raises:
+        ValueError: the text is no mapping, or written in a way that this would break.
+    """
+    entry = f"generate: {json.dumps(model, ensure_ascii=False)}"  # a JSON string is a YAML one
+    try:
+        wanted = yaml.safe_load(text) or {}
+        wanted["models"] = (wanted.get("models") or {}) | {"generate": model}
+        root = yaml.compose(text, yaml.SafeLoader)
+        models = _find(root, "models") if root else None
+        if models is None:
+            new = f"{text.rstrip()}\nmodels:\n  {entry}\n".lstrip()
+        elif not models[1].value:
+            new = (
+                f"{text[: models[0].end_mark.index]}:\n  {entry}{text[models[1].end_mark.index :]}"
+            )
+        elif old := _find(models[1], "generate"):
+            new = text[: old[0].start_mark.index] + entry + text[old[1].end_mark.index :]
+        else:
+            first = models[1].value[0][0].start_mark
+            apart = ", " if models[1].flow_style else "\n" + " " * first.column
+            new = text[: first.index] + entry + apart + text[first.index :]
+        understood = yaml.safe_load(new) == wanted
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError):
+        understood = False
+    if not understood:
+        raise ValueError(f"cannot be changed without risk; set it by hand, under models: {entry}")
+    return new
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Set QMD's model for query expansion.")
+    parser.add_argument("gguf", type=Path, metavar="FILE.gguf")
+    parser.add_argument(
+        "--write", action="store_true", help="change the file; else show the change"
+    )
+    arguments = parser.parse_args()
+    check_gguf(arguments.gguf)
+    path = config_path().resolve()  # the file itself where it is a link to one
+    old = path.read_text(encoding="utf-8") if path.is_file() else ""
+    try:
+        new = set_generate(old, str(arguments.gguf.resolve()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    if new == old:
+        print(f"{path} names this file already")
+        return
+    names = (str(path), f"{path} (new)")
+    print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="")))
+    if not arguments.write:
+        print("\nnothing is changed; add --write to change it")
+        return
+    if path.is_file():
+        backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
+        shutil.copy2(path, backup)
+        print(f"\n{backup}: as it was before")
+    write_text(path, new)
+
+
+if __name__ == "__main__":
+    cli.run(main)

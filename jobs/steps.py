@@ -1,0 +1,48 @@
+"""What the jobs do on the Hub's machines: the README's commands.
+
+    python -m jobs.steps sft | grpo | eval OWNER/NAME [options of the stage's command]
+
+`sft` and `grpo` end in a publication. A model that is not better than the one published is refused,
+with the figures in the log, and is gone with the machine. `eval` publishes nothing: what is public
+is the evaluation by which the model was judged.
+"""
+
+import argparse
+import subprocess
+import sys
+
+import cli
+
+ADAPTERS = "outputs/published/adapters"
+
+
+def python(*arguments: str) -> None:
+    """Run a command of the project; a failure ends the job with its exit code."""
+    print("$ python", *arguments, flush=True)
+    if code := subprocess.run([sys.executable, *arguments], check=False).returncode:
+        sys.exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train or evaluate, then publish.")
+    parser.add_argument("stage", choices=("sft", "grpo", "eval"))
+    parser.add_argument("repo", metavar="OWNER/NAME", help="the model's repository on the Hub")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="of train.py or eval.py")
+    arguments = parser.parse_args()
+    stage, repo, options = arguments.stage, arguments.repo, arguments.options
+
+    if stage != "sft":
+        hub = ("-m", "huggingface_hub.cli.hf", "download", repo)
+        python(*hub, "--include", "adapters/*", "--local-dir", "outputs/published")
+    if stage == "eval":
+        python("eval.py", "--model", ADAPTERS, *options)
+        return
+    model = f"outputs/{stage}"
+    start = ("--set", f"model.sft={ADAPTERS}") if stage == "grpo" else ()
+    python("train.py", stage, *options, *start, "--set", f"model.output={model}")
+    python("eval.py", "--model", model, "-o", f"{model}/evaluation.json")
+    python("convert.py", "--model", model, "--push", repo)
+
+
+if __name__ == "__main__":
+    cli.run(main)
