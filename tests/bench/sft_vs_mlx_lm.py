@@ -1,0 +1,205 @@
+"""`train.py sft` next to `mlx_lm.lora`: trained tokens a second, peak memory, validation loss.
+
+By hand: python -m tests.bench.sft_vs_mlx_lm --model MODEL [--rows 'FILES.jsonl'] [--steps N]
+
+Same base, rows, token ids, batch, LoRA, learning rate (constant) and number of steps; the rest is what
+each does by itself: mlx_lm.lora its loss with mask_prompt, batches, Adam and cache clearing, ours its
+loss, batches, AdamW and gradient clipping. They take turns of BLOCK steps (turns.py). Time runs from the
+first step to the last, with batches, logging and compilation, without loading. Trained tokens are those
+of completions, the end token included; mlx-lm's own count has one pad target a row more. With steps x
+batch a multiple of the rows, both train on the same tokens. Both adapters are then validated by
+sft.validate on the same held-out rows.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+from config import PROJECTIONS, Config, Dataset, Lora, Model, Training
+from tests.bench.turns import Turn, alternate, peaks, print_table, working
+
+BLOCK = 5
+RANK, ALPHA, LEARNING_RATE = 16, 32.0, 2e-4
+GOALS = {"tokens/s": ">= 1.5", "peak memory": "<= 0.7", "validation loss": "<= 1"}
+TRAIN, HELD = "rows.jsonl", "held.jsonl"
+SIDES = ("ours", "mlx_lm.lora")
+
+
+def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
+    return Config(
+        model=Model(base=arguments.model, output=str(folder / SIDES[0])),
+        dataset=Dataset(name=str(folder / TRAIN), eval_split=0.0),
+        training=Training(
+            max_steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            gradient_accumulation_steps=1,
+            learning_rate=LEARNING_RATE,
+            lr_scheduler="constant",
+            warmup_ratio=0.0,
+        ),
+        lora=Lora(rank=RANK, alpha=ALPHA),
+    )
+
+
+def tokenized(path: Path, config: Config, tokenizer):
+    from dataset.schema import load_rows
+    from inputs import encode_prompts
+    from sft import tokenize
+
+    examples = load_rows(str(path)).train
+    prompts = [ids for _, ids in encode_prompts(examples, config, tokenizer)]
+    limit = config.training.max_length
+    return tokenize(examples, prompts, tokenizer, config.dataset.final_newline, limit)[0]
+
+
+class TokenDataset(list):
+    """Rows as mlx-lm's data sets hand them over: a dict each, made token ids when it is used."""
+
+    def process(self, row: dict) -> tuple[list[int], int]:
+        return row["ids"], row["start"]
+
+
+def run_mlx_lm(config: Config, folder: Path) -> None:
+    """What `mlx_lm.lora --train --mask-prompt` does once it has its arguments and the data."""
+    import mlx_lm.lora as rival
+
+    import model as models
+
+    path = models.fetch(config.model.base)
+    model = models.load_base(path)
+    lora = models.lora_config(model, RANK, ALPHA, 0.0, PROJECTIONS)["lora_parameters"]
+    rows = tokenized(folder / TRAIN, config, models.load_tokenizer(path))
+    asked = {
+        "model": config.model.base,
+        "train": True,
+        "mask_prompt": True,
+        "num_layers": -1,
+        "lora_parameters": lora,
+        "learning_rate": LEARNING_RATE,
+        "batch_size": config.training.batch_size,
+        "iters": config.training.max_steps,
+        "steps_per_report": 1,
+        "save_every": config.training.max_steps,
+        "adapter_path": str(folder / SIDES[1]),
+    }
+    rival.train_model(
+        SimpleNamespace(**{**rival.CONFIG_DEFAULTS, **asked}),
+        model,
+        TokenDataset({"ids": row.ids, "start": row.start} for row in rows),
+        TokenDataset(),
+    )
+
+
+def in_turns(train, turn: Turn, pad_targets: int, figures: dict):
+    """mlx-lm's trainer, which both sides use, pausing every BLOCK steps.
+
+    Args:
+        pad_targets: targets a step that its count of tokens has beyond those of completions.
+        figures: filled in after every step.
+    """
+
+    def train_in_turns(*args, training_callback=None, **kwargs):
+        from mlx_lm.tuner.callbacks import TrainingCallback
+
+        callback = training_callback or TrainingCallback()
+        report, step = callback.on_train_loss_report, 0
+
+        def reported(info: dict) -> None:
+            nonlocal step
+            step += 1
+            try:
+                report(info)  # ours leaves the trainer from here after the last step
+            finally:
+                figures.update(tokens=info["trained_tokens"] - pad_targets * step, **peaks())
+                if step % BLOCK == 0:
+                    turn.pause(f"step {step}  loss {info['train_loss']:.4f}")
+
+        callback.on_train_loss_report = reported
+        turn.pause()
+        train(*args, training_callback=callback, **kwargs)
+
+    return train_in_turns
+
+
+def work(side: str, config: Config, folder: Path) -> None:
+    with working(folder / f"{side}.log") as turn:
+        from mlx_lm.tuner import trainer
+
+        figures: dict = {}
+        pad_targets = 0 if side == "ours" else config.training.batch_size
+        # Before mlx_lm.lora takes it from there.
+        trainer.train = in_turns(trainer.train, turn, pad_targets, figures)
+        if side == "ours":
+            from train import train_sft
+
+            train_sft(config, resume=False, overwrite=False)
+        else:
+            run_mlx_lm(config, folder)
+        turn.finish(figures)
+
+
+def write_rows(path: Path, examples) -> None:
+    rows = ({"query": example.query, "output": example.lines} for example in examples)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def compare(arguments: argparse.Namespace, folder: Path) -> None:
+    import mlx.core as mx
+
+    import model as models
+    from dataset.schema import load_rows, split_examples
+    from sft import validate
+
+    examples = load_rows(arguments.rows).train
+    train, held = split_examples(examples, arguments.held / len(examples), seed=42)
+    limit = min(arguments.limit, len(train))
+    write_rows(folder / TRAIN, random.Random(42).sample(train, limit))
+    write_rows(folder / HELD, held)
+    print(
+        f"{limit} rows to train on, {len(held)} held out, {arguments.steps} steps of "
+        f"{arguments.batch_size}, LoRA {RANK} on all projections, {mx.default_device()}"
+    )
+
+    def command(side: str) -> list:
+        options = ["--model", arguments.model, "--steps", str(arguments.steps), "--side", side]
+        options += ["--batch-size", str(arguments.batch_size), "--folder", folder]
+        return [sys.executable, "-m", "tests.bench.sft_vs_mlx_lm", *options]
+
+    figures = alternate(SIDES, command)
+    config = configuration(arguments, folder)
+    path = models.fetch(arguments.model)
+    rows = tokenized(folder / HELD, config, models.load_tokenizer(path))
+    for side, found in figures.items():
+        model = models.load_base(path)
+        models.load_adapter(model, folder / side)
+        found["tokens/s"] = found["tokens"] / found["seconds"]
+        found["validation loss"] = validate(model, rows, arguments.batch_size)[0]
+    print_table(figures, GOALS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--model", required=True, help="a Hub id or a folder")
+    parser.add_argument("--rows", default="data/*.jsonl", help="a file, a folder or a glob")
+    parser.add_argument("--limit", type=int, default=800, help="rows to train on (default 800)")
+    parser.add_argument("--held", type=int, default=120, help="rows to validate on (default 120)")
+    parser.add_argument("--steps", type=int, default=200, help="default 200")
+    parser.add_argument("--batch-size", type=int, default=4, help="default 4")
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.steps % BLOCK:
+        parser.error(f"--steps must be a multiple of {BLOCK}")
+    if arguments.side:
+        work(arguments.side, configuration(arguments, arguments.folder), arguments.folder)
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        compare(arguments, Path(temporary))
+
+
+if __name__ == "__main__":
+    main()
