@@ -7,6 +7,7 @@
 #     "tokenizers==0.23.3",
 #     "datasets==5.2.0",
 #     "huggingface_hub==2.4.0",
+#     "httpx2==2.16.2",
 #     "pyyaml==6.0.3",
 #     "numpy==2.4.6",
 #     "gguf==0.19.0",

@@ -24,7 +24,8 @@ def printed_commands() -> list[str]:
 
 def test_every_command_as_printed(run, hub, hub_root, tmp_path):
     folder = tmp_path / "work"
-    folder.mkdir()
+    shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("train"))
+    shutil.copy(ROOT / "data" / "errors.jsonl", folder / "rows.jsonl")  # the reader's own
     commands = printed_commands()
     assert {shlex.split(command)[1] for command in commands} >= {
         "train.py",
@@ -50,7 +51,7 @@ def test_every_command_as_printed(run, hub, hub_root, tmp_path):
     assert beneath["model"] == "Qwen/Qwen3-1.7B" and len(beneath["revision"]) == 40
     assert beneath["lora_parameters"]["scale"] == 2.0
     result = json.loads((grpo / "run.json").read_text())
-    assert result["steps"] == 200 and result["prompts"] == 22
+    assert result["steps"] == 60 and result["prompts"] == 22
     gguf = folder / "outputs" / "gguf"
     assert (gguf / (gguf / "Modelfile").read_text().split()[1]).is_file()
     assert "ollama create" in printed["python convert.py"]
