@@ -32,6 +32,7 @@ SFT = ["training.learning_rate=1e-4"]  # the model must still end its completion
 GRPO = [
     "training.learning_rate=1e-3",
     "training.gradient_accumulation_steps=4",
+    "grpo.num_generations=4",
     "grpo.max_completion_length=12",
     "grpo.eval_prompts=3",
     "grpo.penalties.truncated=0.5",  # rewards differ in most groups, else Adam follows rounding

@@ -37,6 +37,7 @@ GRPO = [
     "training.learning_rate=1e-3",
     "training.warmup_ratio=0",
     "training.gradient_accumulation_steps=4",
+    "grpo.num_generations=4",
     "training.save_interval_minutes=null",
     "training.save_steps=1",
     "grpo.max_completion_length=12",
@@ -255,6 +256,41 @@ def test_a_stopped_and_a_killed_run_resume_to_the_same_bytes(stage, request, tmp
 
     assert [*map(without_times, metrics(output))] == [*map(without_times, metrics(whole))]
     assert files(output) == files(whole)
+
+
+@pytest.mark.parametrize("saved", [True, False])
+def test_a_loss_that_is_not_finite_ends_the_run(saved, base, sft_options, tmp_path):
+    """The step, its rows and the last good checkpoint are named, and nothing is a result."""
+    broken = shutil.copytree(base, tmp_path / "broken")
+    weights = mx.load(str(broken / "model.safetensors"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = mx.full(weights[name].shape, mx.nan)
+    said = "nothing was saved yet"
+    if saved:
+        stop(tmp_path, ["sft", *sft_options], "step 2/6", signal.SIGTERM)
+        [newest, *_] = sorted((tmp_path / "outputs/sft/checkpoints").glob("step-*"), reverse=True)
+        said = f"the last good checkpoint is step {int(newest.name.removeprefix('step-'))}"
+        # The same folder, so that the configuration is the one the run was started with.
+        broken = base
+    whole = (broken / "model.safetensors").read_bytes()
+    try:
+        mx.save_safetensors(str(broken / "model.safetensors"), weights, {"format": "pt"})
+        done = subprocess.run(
+            [sys.executable, TRAIN, "sft", *sft_options, "--set", f"model.base={broken}"]
+            + ["--resume"] * saved,
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+    finally:
+        (broken / "model.safetensors").write_bytes(whole)
+    assert done.returncode == 2
+    line = done.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: the loss or its gradient is not finite at step ")
+    assert "rows.jsonl:" in line and said in line
+    assert not (tmp_path / "outputs/sft/adapters.safetensors").exists()
 
 
 # Before anything is loaded
