@@ -21,7 +21,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 CONNECT_SECONDS = 60
 # No rank may be this far behind the others, between two of their meetings.
@@ -132,13 +132,15 @@ def all_sum(tree):
 
 
 def broadcast(tree):
-    """Rank 0's arrays in place of this rank's, which have the same shapes."""
+    """Rank 0's arrays in place of this rank's, which have the same names and shapes."""
+    received = {}
     with mx.stream(mx.cpu):
-        sent = tree if rank() == 0 else tree_map(mx.zeros_like, tree)
-        mx.eval(sent)
-        received = tree_map(mx.distributed.all_sum, sent)
-        mx.eval(received)
-    return received
+        # By name and one at a time: a tree that was loaded has another order than a fresh one, and
+        # ranks that send different arrays to each other wait for ever.
+        for name, array in sorted(tree_flatten(tree), key=lambda item: item[0]):
+            received[name] = mx.distributed.all_sum(array if rank() == 0 else mx.zeros_like(array))
+            mx.eval(received[name])
+    return tree_map_with_path(lambda name, _: received[name], tree)
 
 
 def check_same(**values) -> None:
