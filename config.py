@@ -70,6 +70,11 @@ class Model:
     trust_remote_code: bool = False
     torch_dtype: str | None = None
 
+    @property
+    def bits(self) -> int | None:
+        """Of the base's weights while it trains; None: not quantised."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
 
 @dataclass
 class Dataset:

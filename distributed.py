@@ -149,8 +149,6 @@ def check_same(**values) -> None:
     Raises:
         ValueError: names what differs.
     """
-    if size() == 1:
-        return
     prints = {k: hashlib.sha256(json.dumps(v).encode()).hexdigest() for k, v in values.items()}
     others = gather(prints)
     differing = [name for name in prints if any(other[name] != prints[name] for other in others)]

@@ -64,8 +64,9 @@ def dry_run(stage: str, config: Config) -> None:
 
     print(to_yaml(config).rstrip())
     base, data = config.model.base, config.dataset.name
+    start = base if stage == "sft" else str(sft_folder(config))
     if stage == "grpo":
-        print(f"# start: {sft_folder(config)} (fused), fresh LoRA over it")
+        print(f"# start: {start} (fused), fresh LoRA over it")
     else:
         print(f"# base: {base} ({'local folder' if Path(base).expanduser().is_dir() else 'Hub'})")
     if local_files(data) or looks_local(data):
@@ -74,7 +75,6 @@ def dry_run(stage: str, config: Config) -> None:
         print(f"# data: {data} (Hub)")
     print(f"# result: {config.model.output}")
     try:
-        start = base if stage == "sft" else str(sft_folder(config))
         chain = models.read_chain(start, files=["config.json"])
         # Nothing is tokenised yet: rows may be as long as allowed, a query's prompt is short.
         longest = config.training.max_length if stage == "sft" else 64

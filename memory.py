@@ -113,9 +113,9 @@ def estimate(stage: str, config: Config, shape: Shape, length: int, width: int) 
         length: tokens of the longest row (sft) or prompt (grpo).
         width: bytes of a number in the device's dtype.
     """
-    training, model = config.training, config.model
+    training = config.training
     # For grpo the SFT adapter is fused, and with it every layer that was quantised.
-    bits = 0 if stage == "grpo" else 4 * model.load_in_4bit or 8 * model.load_in_8bit
+    bits = config.model.bits if stage == "sft" else None
     # A quantised group has a scale and a bias.
     per_weight = bits / 8 + 2 * width / QUANT_GROUP if bits else width
     rows = training.batch_size
@@ -140,10 +140,14 @@ def estimate(stage: str, config: Config, shape: Shape, length: int, width: int) 
     )
 
 
+def installed() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def recommended() -> int:
     """Bytes that the device recommends to stay under; without a word from it, the machine's memory."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return mx.device_info().get("max_recommended_working_set_size", pages)
+    return mx.device_info().get("max_recommended_working_set_size", installed())
 
 
 def savings(stage: str, config: Config) -> Iterator[tuple[Config, dict[str, object]]]:

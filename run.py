@@ -20,7 +20,7 @@ from checkpoint import Checkpoint, Checkpoints, write_json, write_text
 from cli import Interrupted, duration
 from config import Config, Training, to_yaml
 from memory import preflight
-from model import adapter_weights, save_adapter
+from model import adapter_weights, add_lora, lora_config, save_adapter
 from tracking import Tracker
 
 METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
@@ -156,6 +156,22 @@ class Run:
         if not self.resume:
             for name in (METRICS, SAMPLES):
                 (self.folder / name).unlink(missing_ok=True)
+
+    def add_adapter(self, model) -> tuple[dict, AdamW]:
+        """Put LoRA layers on the model, fresh ones or, resumed, the checkpoint's.
+
+        Returns:
+            Their configuration for `finish`, and an optimiser over them in the same state.
+        """
+        lora = self.config.lora
+        adapter_config = lora_config(
+            model, lora.rank, lora.alpha, lora.dropout, lora.target_modules
+        )
+        add_lora(model, adapter_config)
+        optimizer = AdamW(self.training, self.total)
+        optimizer.init(model.trainable_parameters())
+        self.restore(model, optimizer)
+        return adapter_config, optimizer
 
     def restore(self, model, optimizer: optim.Optimizer) -> None:
         """Put the newest whole checkpoint back if the run is resumed; every rank has then what

@@ -59,14 +59,13 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     import distributed
     import model as models
     from dataset.schema import write_query_digests
-    from run import CACHE_LIMIT_BYTES, AdamW, Run, check_output
+    from run import CACHE_LIMIT_BYTES, Run, check_output
     from sft import Batches, completion_loss, tokenize, validate
 
     training = config.training
     check_output(config)
     data = read_rows(config)
     print(f"{config.dataset.name}: {data.summary()}")
-    bits = 4 if config.model.load_in_4bit else 8 if config.model.load_in_8bit else None
     chain = models.read_chain(config.model.base)
     if chain.adapters:
         raise ValueError(f"model.base {config.model.base}: an adapter folder; name a base model")
@@ -98,26 +97,22 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     total = total_steps(training, batches.steps_per_epoch)
     run = Run(config, "sft", total, resume, overwrite)
     run.preflight(chain, max(len(row.ids) for row in rows))
-    distributed.check_same(
-        configuration=run.config_text, data=[row.ids for row in rows + held], model=chain.revision
-    )
+    if distributed.size() > 1:
+        distributed.check_same(
+            configuration=run.config_text,
+            data=[row.ids for row in rows + held],
+            model=chain.revision,
+        )
 
     mx.random.seed(training.seed)
-    model = models.load_base(chain.path, bits)
-    lora = config.lora
-    adapter_config = models.lora_config(
-        model, lora.rank, lora.alpha, lora.dropout, lora.target_modules
-    )
-    models.add_lora(model, adapter_config)
+    model = models.load_base(chain.path, config.model.bits)
+    adapter_config, optimizer = run.add_adapter(model)
     adapter_config |= {
         "stage": "sft",
         "model": config.model.base,
         "revision": chain.revision,
-        "quantize_bits": bits,
+        "quantize_bits": config.model.bits,
     }
-    optimizer = AdamW(training, total)
-    optimizer.init(model.trainable_parameters())
-    run.restore(model, optimizer)
 
     def micro_batches(**_):
         for number, batch in enumerate(batches(run.step)):
@@ -233,7 +228,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
         set_rewards,
         stack,
     )
-    from run import AdamW, Run, check_output
+    from run import Run, check_output
 
     training, settings = config.training, config.grpo
     group, temperature = settings.num_generations, config.generation.temperature
@@ -259,21 +254,17 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     total = total_steps(training, steps_per_epoch)
     run = Run(config, "grpo", total, resume, overwrite)
     run.preflight(chain, max(len(ids) for _, ids in prompts))
-    distributed.check_same(
-        configuration=run.config_text, data=prompts + held, model=[chain.revision, chain.hashes()]
-    )
+    if distributed.size() > 1:
+        distributed.check_same(
+            configuration=run.config_text,
+            data=prompts + held,
+            model=[chain.revision, chain.hashes()],
+        )
 
     mx.random.seed(training.seed)
     model, _ = models.load_chain(chain, fuse_last=True)
-    lora = config.lora
-    adapter_config = models.lora_config(
-        model, lora.rank, lora.alpha, lora.dropout, lora.target_modules
-    )
-    models.add_lora(model, adapter_config)
+    adapter_config, optimizer = run.add_adapter(model)
     adapter_config |= {"stage": "grpo", "parent": "sft"}
-    optimizer = AdamW(training, total)
-    optimizer.init(model.trainable_parameters())
-    run.restore(model, optimizer)
 
     def step_prompts(step: int) -> list[tuple[str, list[int]]]:
         """Each prompt once an epoch, in an order that depends on the seed and the epoch alone."""

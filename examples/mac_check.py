@@ -79,15 +79,15 @@ def measure(models: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
 def machine() -> list[str]:
     import mlx.core as mx
 
+    from memory import installed
     from model import compute_dtype
 
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
     packages = ("mlx", "mlx-lm")
     versions = [f"{name} {importlib.metadata.version(name)}" for name in packages]
     dtype = str(compute_dtype()).removeprefix("mlx.core.")
     return [
-        f"system   {system}, {platform.machine()}, {memory:.0f} GB, {os.cpu_count()} cores",
+        f"system   {system}, {platform.machine()}, {installed() / 2**30:.0f} GB, {os.cpu_count()} cores",
         f"device   {mx.default_device()}, weights in {dtype}",
         # The chip's name and, on Metal, what memory may be used.
         *(f"         {name} {value}" for name, value in mx.device_info().items()),
