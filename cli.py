@@ -6,6 +6,7 @@ if sys.version_info < (3, 11):
     found = ".".join(map(str, sys.version_info[:3]))
     sys.exit(f"error: Python 3.11 or newer is needed, this is {found}; make .venv with a newer one")
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -42,6 +43,24 @@ def run(main: Callable[[], int | None]) -> None:
     except (ValueError, OSError) as error:
         print(f"{label}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """The type of an argument that takes whole numbers from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
+        return int(text)
+
+    return number
+
+
+def new_file(text: str) -> Path:
+    """The type of an argument that names a file to be written, which must not be there yet."""
+    if Path(text).exists():
+        raise argparse.ArgumentTypeError(f"{text} is there already: name another, or delete it")
+    return Path(text)
 
 
 def duration(seconds: float) -> str:

@@ -19,6 +19,10 @@ class Completion:
     tokens: list[int]
     finished: bool = False
 
+    def text(self, tokenizer) -> str:
+        """Without the end token."""
+        return tokenizer.decode(self.tokens[:-1] if self.finished else self.tokens)
+
 
 class Sampler:
     """Greedy choice. A sampler maps logits to tokens and may carry arrays of one row a sequence."""

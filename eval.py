@@ -14,26 +14,14 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cli
 
-ROOT = Path(__file__).parent
 GREEDY_MAX_TOKENS = 200
 
 Queries = list[tuple[str, str | None]]  # (query, category)
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an argument that takes whole numbers from `least` on."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
-        return int(text)
-
-    return number
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -46,13 +34,35 @@ def parse_arguments() -> argparse.Namespace:
     add("--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)")
     add("--queries", type=Path, metavar="FILE", help="one a line (default: evals/queries.txt)")
     add("--query", metavar="TEXT", help="answer this one query")
-    add("--max-queries", type=whole(1), metavar="N", help="stop after the first N")
-    add("--max-new-tokens", type=whole(1), metavar="N", help="default: 200, with --decode qmd 600")
-    add("--batch-size", type=whole(1), metavar="N", default=32, help="rows at once (default: 32)")
+    add("--max-queries", type=cli.whole(1), metavar="N", help="stop after the first N")
+    add(
+        "--max-new-tokens",
+        type=cli.whole(1),
+        metavar="N",
+        help="default: 200, with --decode qmd 600",
+    )
+    add(
+        "--batch-size",
+        type=cli.whole(1),
+        metavar="N",
+        default=32,
+        help="rows at once (default: 32)",
+    )
     add("--decode", choices=("greedy", "qmd"), default="greedy", help="qmd: sampled as QMD does")
     add("--qmd-system-prompt", action="store_true", help="with the system turn that QMD may send")
-    add("--samples", type=whole(1), metavar="N", default=1, help="texts a query, with --decode qmd")
-    add("--seed", type=whole(0), default=42, help="of sampling and of the intervals (default: 42)")
+    add(
+        "--samples",
+        type=cli.whole(1),
+        metavar="N",
+        default=1,
+        help="texts a query, with --decode qmd",
+    )
+    add(
+        "--seed",
+        type=cli.whole(0),
+        default=42,
+        help="of sampling and of the intervals (default: 42)",
+    )
     add("-o", "--output", type=Path, metavar="FILE", help="write the results as JSON")
     add("-v", "--verbose", action="store_true", help="show every expansion and its deductions")
     add("--golden", type=Path, metavar="FILE", help="JSON Lines of reference expansions to match")
@@ -119,14 +129,14 @@ def read_golden(path: Path) -> dict:
 
 def choose_queries(args: argparse.Namespace, golden: dict) -> Queries:
     """What the arguments ask for: one query, a file of them, those of the golden file, or ours."""
-    from dataset.schema import read_queries
+    from dataset.schema import EVALUATION_QUERIES, read_queries
 
     if args.query is not None:
         queries: Queries = [(args.query, None)]
     elif golden and not args.queries:
         queries = [(row.query, row.category) for row in golden.values()]
     else:
-        queries = read_queries(args.queries or ROOT / "evals" / "queries.txt")
+        queries = read_queries(args.queries or EVALUATION_QUERIES)
     return queries[: args.max_queries]
 
 
@@ -220,7 +230,7 @@ def expand(chain, queries: Queries, settings: dict, batch_size: int, seed: int):
     for place, index in enumerate(order):
         measured = []
         for completion in decoded[place * samples : (place + 1) * samples]:
-            text = tokenizer.decode([token for token in completion.tokens if token != end])
+            text = completion.text(tokenizer)
             measured.append(measure(queries[index][0], text, not completion.finished))
         results[index] = result_of(*queries[index], measured)
     tokens = sum(len(completion.tokens) for completion in decoded)

@@ -62,7 +62,7 @@ def roll_out(
     rollouts = []
     for i, completion in enumerate(completions):
         query, ids = prompts[i // keys.shape[1]]
-        text = tokenizer.decode([t for t in completion.tokens if t != end])
+        text = completion.text(tokenizer)
         rollouts.append(Rollout(query, ids, completion.tokens, completion.finished, text))
     return rollouts
 
@@ -195,10 +195,9 @@ def score_greedily(
     model.eval()
     prompts = distributed.share_out(prompts)
     completions = generate(model, [ids for _, ids in prompts], max_tokens=limit, end=end)
-    texts = [tokenizer.decode([t for t in c.tokens if t != end]) for c in completions]
     scores = [
-        score_expansion_detailed(query, text)["percentage"]
-        for (query, _), text in zip(prompts, texts, strict=True)
+        score_expansion_detailed(query, completion.text(tokenizer))["percentage"]
+        for (query, _), completion in zip(prompts, completions, strict=True)
     ]
     scores = distributed.collect(scores)
     cut_off = distributed.collect([not c.finished for c in completions])

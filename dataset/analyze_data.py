@@ -73,10 +73,6 @@ def query_of(example: Example) -> str:
     return ONLY_SUFFIX.sub("", example.query)
 
 
-def is_only(example: Example) -> bool:
-    return base_query(example.query) != normal_query(example.query)
-
-
 def language_of(example: Example) -> str:
     """The row's label; without one, the script of its query's letters."""
     from report import script_counts
@@ -169,7 +165,7 @@ def print_lengths(examples: Sequence[Example]) -> None:
         sizes = [size(text) for e in examples for k, text in e.lines if k == kind]
         if sizes:
             rows.append(lengths(f"{kind}, {unit}", sizes))
-        full = [sum(k == kind for k, _ in e.lines) for e in examples if not is_only(e)]
+        full = [sum(k == kind for k, _ in e.lines) for e in examples if not e.is_only]
         if full:
             rows.append(lengths(f"{kind}, lines a full row", full))
     hydes = [len(text) for e in examples for kind, text in e.lines if kind == "hyde"]
@@ -182,7 +178,7 @@ def print_categories(examples: Sequence[Example]) -> None:
 
     labels = Counter(e.category or "none" for e in examples)
     rules = {name: sum(rule(query_of(e)) for e in examples) for name, rule in RULES.items()}
-    rules["only"] = sum(map(is_only, examples))
+    rules["only"] = sum(e.is_only for e in examples)
     rows = [("category", "labelled", "share", "by rule", "share")]
     for name in [*rules, *(name for name, _ in labels.most_common() if name not in rules)]:
         told = [

@@ -17,14 +17,14 @@ if not __package__:  # run as a file: start again as a module, which can import 
     restart_as_module(__file__)
 
 import argparse
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import cli
-from checkpoint import write_text
+from checkpoint import write_rows
 from dataset.schema import (
     DATA,
     Example,
@@ -185,13 +185,13 @@ def parse_arguments() -> argparse.Namespace:
     add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
     add("--fix", action="store_true", help="write the repaired rows, to one of:")
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("-o", "--output", type=Path, metavar="FILE", help="all rows, in a new file")
+    where.add_argument(
+        "-o", "--output", type=cli.new_file, metavar="FILE", help="all rows, in a new file"
+    )
     where.add_argument("--in-place", action="store_true", help="each row in its own file")
     args = parser.parse_args()
     if args.fix != bool(args.output or args.in_place):
         parser.error("--fix needs -o FILE or --in-place, and these need --fix")
-    if args.output and args.output.exists():
-        parser.error(f"{args.output} is there already: name another, or delete it")
     return args
 
 
@@ -210,7 +210,7 @@ def main() -> int:
 
     read_files(args.data)  # a broken row ends it here, before anything is written
     mended, unmended, seen = Counter(), Counter(), set()
-    files: dict[Path, list[str]] = {}
+    files: dict[Path, list[dict]] = {}
     for path in find_files(args.data):
         kept = files.setdefault(path, [])
         for place, row in file_rows(path):
@@ -232,13 +232,13 @@ def main() -> int:
                 print_diff(example.lines, lines)
                 others = {key: value for key, value in row.items() if key not in REPLACED}
                 row = others | {"query": example.query, "output": lines}
-            kept.append(json.dumps(row, ensure_ascii=False) + "\n")
+            kept.append(row)
 
     if args.output:
-        write_text(args.output, "".join(row for rows in files.values() for row in rows))
+        write_rows(args.output, chain.from_iterable(files.values()))
     elif args.in_place:
         for path, rows in files.items():
-            write_text(path, "".join(rows))
+            write_rows(path, rows)
     for what, found in ("mended" if args.fix else "to mend", mended), ("left as it is", unmended):
         for name, count in found.most_common():
             print(f"{what}: {count} x {name}")

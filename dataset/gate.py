@@ -2,15 +2,14 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from dataset.nearness import near_copies
-from dataset.schema import Example, base_query, parse_row, read_queries
+from dataset.schema import EVALUATION_QUERIES, Example, base_query, parse_row, read_queries
 from prompt import render_lines
 from qmd import kept_lines
 from reward import score_expansion_detailed
 
-EVALUATION_QUERIES = Path(__file__).parent.parent / "evals" / "queries.txt"
+LEAST = 80  # percent of the rubric from which a row is worth training on
 
 
 @dataclass(frozen=True)

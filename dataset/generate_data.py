@@ -40,7 +40,7 @@ from dataset.endpoint import (
     anthropic_sender,
     openai_sender,
 )
-from dataset.gate import evaluation_copies, judge
+from dataset.gate import LEAST, evaluation_copies, judge
 from dataset.journal import append, heal, recorded
 from dataset.schema import (
     SURROGATE,
@@ -108,7 +108,9 @@ def parse_arguments() -> argparse.Namespace:
     add("--url", help=f"the endpoint's base address (openai's default: {MLX_SERVER})")
     add("--model", required=True, help="as the endpoint names it")
     add("--options", type=json.loads, metavar="JSON", default={}, help="more fields of the request")
-    add("--min-score", type=float, metavar="S", default=80, help="percent (default: 80)")
+    add(
+        "--min-score", type=float, metavar="S", default=LEAST, help="percent (default: %(default)s)"
+    )
     add("--parallel", type=int, metavar="N", default=4, help="requests at once (default: 4)")
     add("--retries", type=int, metavar="N", default=5, help="repeats of a request (default: 5)")
     add("--timeout", type=float, metavar="S", default=120, help="seconds a request (default: 120)")

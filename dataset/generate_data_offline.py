@@ -18,15 +18,13 @@ if not __package__:  # run as a file: start again as a module, which can import 
     restart_as_module(__file__)
 
 import argparse
-import json
 import random
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 
 import cli
-from checkpoint import write_text
-from dataset.gate import Verdict, evaluation_copies
+from checkpoint import write_rows
+from dataset.gate import LEAST, Verdict, evaluation_copies
 from dataset.rules import make_row
 from dataset.schema import (
     canonical_row,
@@ -104,15 +102,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--question", metavar="COLUMN", help=f"default: the first of {', '.join(QUESTION)}")
     add("--passage", metavar="COLUMN", help=f"default: the first of {', '.join(PASSAGE)}")
     add("--answer", metavar="COLUMN", help=f"default: the first of {', '.join(ANSWER)}, if any")
-    add("--max-rows", type=int, metavar="N", help="stop at N rows, taken from all over the set")
-    add("--min-score", type=float, metavar="S", default=80, help="percent (default: 80)")
-    add("-o", "--output", type=Path, metavar="FILE", required=True, help="where the rows go")
-    args = parser.parse_args()
-    if args.output.exists():
-        parser.error(f"{args.output} is there already: name another, or delete it")
-    if args.max_rows is not None and args.max_rows < 1:
-        parser.error("--max-rows is above 0")
-    return args
+    add("--max-rows", type=cli.whole(1), metavar="N", help="stop at N rows, from all over the set")
+    add(
+        "--min-score", type=float, metavar="S", default=LEAST, help="percent (default: %(default)s)"
+    )
+    add("-o", "--output", type=cli.new_file, metavar="FILE", required=True, help="for the rows")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -152,8 +147,7 @@ def main() -> None:
 
     if not made:
         raise ValueError(f"{args.data}: none of {read} rows can be used: {dict(dropped)}")
-    lines = (json.dumps(canonical_row(x.example), ensure_ascii=False) for x in made.values())
-    write_text(args.output, "".join(f"{line}\n" for line in lines))
+    write_rows(args.output, (canonical_row(verdict.example) for verdict in made.values()))
     print(f"{read} rows read; question, passage, answer: {', '.join(columns)}")
     for reason, count in dropped.most_common():
         print(f"  {count:>6} dropped: {reason}")

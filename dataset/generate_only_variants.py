@@ -14,19 +14,16 @@ if not __package__:  # run as a file: start again as a module, which can import 
     restart_as_module(__file__)
 
 import argparse
-import json
 import random
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import cli
-from checkpoint import write_text
-from dataset.schema import DATA, Example, base_query, canonical_row, normal_query, read_files
+from checkpoint import write_rows
+from dataset.gate import LEAST
+from dataset.schema import DATA, Example, base_query, canonical_row, read_files
 from prompt import TYPES, render_lines
 from reward import score_expansion_detailed
-
-LEAST = 80
 
 
 def variant(example: Example, kind: str) -> Example | None:
@@ -41,7 +38,7 @@ def variant(example: Example, kind: str) -> Example | None:
 
 def make_variants(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
     """Variants of a `share` of the full rows, at most one of each base query."""
-    taken = {base_query(e.query) for e in examples if base_query(e.query) != normal_query(e.query)}
+    taken = {base_query(e.query) for e in examples if e.is_only}
     full = {base_query(e.query): e for e in examples if base_query(e.query) not in taken}
     rng = random.Random(seed)
     made = []
@@ -59,16 +56,13 @@ def main() -> None:
     add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
     add("--share", type=float, default=0.1, metavar="X", help="of the full rows (default: 0.1)")
     add("--seed", type=int, default=42, metavar="N", help="chooses rows and types (default: 42)")
-    add("-o", "--output", type=Path, required=True, metavar="FILE", help="where the rows go")
+    add("-o", "--output", type=cli.new_file, required=True, metavar="FILE", help="for the rows")
     args = parser.parse_args()
     if not 0 < args.share <= 1:
         parser.error("--share is above 0, and at most 1")
-    if args.output.exists():
-        parser.error(f"{args.output} is there already: name another, or delete it")
 
     made = make_variants(read_files(args.data), args.share, args.seed)
-    rows = (json.dumps(canonical_row(example), ensure_ascii=False) for example in made)
-    write_text(args.output, "".join(f"{row}\n" for row in rows))
+    write_rows(args.output, map(canonical_row, made))
     kinds = Counter(example.lines[0][0] for example in made)
     told = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
     print(f"{args.output}: {len(made)} rows ({told})")

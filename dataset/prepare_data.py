@@ -15,27 +15,24 @@ if not __package__:  # run as a file: start again as a module, which can import 
     restart_as_module(__file__)
 
 import argparse
-import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cli
-from checkpoint import digest, write_json, write_text
+from checkpoint import digest, write_json, write_rows
 from dataset.nearness import near_copies
 from dataset.schema import (
     DATA,
+    EVALUATION_QUERIES,
     Example,
     Rows,
-    base_query,
     labels,
     load_rows,
-    normal_query,
     read_queries,
 )
 from prompt import render_lines, render_prompt, render_target, user_message
 
-ROOT = Path(__file__).parents[1]
 SPLITS = ("train", "val")
 
 
@@ -65,7 +62,7 @@ def tally(values: Iterable[str]) -> dict[str, int]:
 def counts(examples: Sequence[Example]) -> dict:
     return {
         "rows": len(examples),
-        "only": sum(base_query(e.query) != normal_query(e.query) for e in examples),
+        "only": sum(e.is_only for e in examples),
         "lines": tally(kind for e in examples for kind, _ in e.lines),
         "categories": tally(e.category or "none" for e in examples),
         "languages": tally(e.language or "none" for e in examples),
@@ -89,7 +86,7 @@ def main() -> None:
     if not 0 <= args.eval_split < 1:
         parser.error("--eval-split is a share from 0 up to, not including, 1")
 
-    queries = [query for query, _ in read_queries(args.queries or ROOT / "evals" / "queries.txt")]
+    queries = [query for query, _ in read_queries(args.queries or EVALUATION_QUERIES)]
     rows = load_rows(args.data[0], eval_split=args.eval_split, seed=args.seed)
     print(f"{args.data[0]}: {rows.summary()}")
     sides, leaks = without_leaks(rows, queries)
@@ -99,8 +96,7 @@ def main() -> None:
         raise ValueError(f"{args.data[0]}: no row is left to train on")
 
     for name, examples in sides.items():
-        lines = (json.dumps(prepared_row(example), ensure_ascii=False) for example in examples)
-        write_text(args.output / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+        write_rows(args.output / f"{name}.jsonl", map(prepared_row, examples))
     card = {
         "data": args.data[0],
         "eval_split": args.eval_split,

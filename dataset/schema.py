@@ -30,6 +30,8 @@ SURROGATE = re.compile(r"[\ud800-\udfff]")  # what JSON's "\ud83d" alone becomes
 LINE = re.compile(rf"({'|'.join(TYPES)})\s*:\s*(.*)", re.DOTALL)
 # The project's own rows, as its tools find them from the root.
 DATA = "data/*.jsonl"
+# What no row may ask, or nearly.
+EVALUATION_QUERIES = Path(__file__).parents[1] / "evals" / "queries.txt"
 # In an adapter folder: which queries it was trained on, without telling them.
 QUERY_DIGESTS = "queries.json"
 
@@ -48,6 +50,11 @@ class Example:
     intent: str | None = None
     language: str | None = None
     source: str = ""
+
+    @property
+    def is_only(self) -> bool:
+        """Whether the query asks for one type of line alone."""
+        return base_query(self.query) != normal_query(self.query)
 
 
 @dataclass

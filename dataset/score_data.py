@@ -18,12 +18,12 @@ from collections.abc import Iterable
 from heapq import nsmallest
 
 import cli
+from dataset.gate import LEAST
 from dataset.schema import DATA, Example, base_query, read_files
 from prompt import render_lines
 from qmd import kept_lines
 from reward import score_expansion_detailed
 
-LEAST = 80
 BIN = 5
 BAR = 50
 

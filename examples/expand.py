@@ -35,9 +35,8 @@ def main() -> None:
     ]
     completions = generate(model, prompts, max_tokens=200, end=end)
     for query, completion in zip(arguments.queries, completions, strict=True):
-        text = tokenizer.decode([token for token in completion.tokens if token != end])
         print(query)
-        for kind, line in kept_lines(query, text):
+        for kind, line in kept_lines(query, completion.text(tokenizer)):
             print(f"  {kind}: {line}")
 
 

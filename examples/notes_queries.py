@@ -16,14 +16,13 @@ if not __package__:  # run as a file: start again as a module, which can import 
     restart_as_module(__file__)
 
 import argparse
-import json
 import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
 import cli
-from checkpoint import write_text
+from checkpoint import write_rows
 from dataset.schema import normal_query
 
 PASSAGE = 200  # characters, about what reward.py wants of a hyde line
@@ -81,8 +80,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/notes.jsonl"))
     arguments = parser.parse_args()
     found = rows(arguments.notes)
-    lines = [json.dumps(row, ensure_ascii=False) for row in found]
-    write_text(arguments.output, "\n".join(lines) + "\n")
+    write_rows(arguments.output, found)
     print(f"{arguments.output}: {len(found)} queries")
 
 

@@ -79,7 +79,7 @@ def script(monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
 def hub_root(tmp_path: Path, rows: Path) -> Path:
     """What the loopback Hub serves; uploads land in its `uploads/`, requests in `requests.log`."""
     root = tmp_path / "hub"
-    # One layer, and completions that end: the default GRPO takes 200 steps.
+    # One layer, and completions that end: the default GRPO takes 60 steps.
     small = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 1, "ffn": 32}
     tiny.end_early(tiny.make_qwen3(root / "models" / MODEL_ID, **small))
     dataset = root / "datasets" / DATASET_ID

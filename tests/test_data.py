@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.analyze_data import in_other_language, is_only
+from dataset.analyze_data import in_other_language
 from dataset.clean_data import mend, remaining
 from dataset.nearness import near_duplicates
 from dataset.schema import base_query, normal_query, read_files
@@ -32,14 +32,14 @@ def test_every_row_has_the_form_it_should(examples):
         assert mend(example)[1] == [] == remaining(example.query, example.lines), example.source
         kinds = Counter(kind for kind, _ in example.lines)
         assert kinds["hyde"] <= 1 and kinds["lex"] <= 3 and kinds["vec"] <= 3, example.source
-        assert is_only(example) or len(kinds) == 3, example.source
+        assert example.is_only or len(kinds) == 3, example.source
         assert all(50 <= len(x) <= 200 for kind, x in example.lines if kind == "hyde")
 
 
 def test_the_balance(examples):
     short = sum(len(base_query(e.query).split()) <= 2 for e in examples) / len(examples)
     foreign = [e for e in examples if e.language not in (None, "en")]
-    assert 0.15 <= short <= 0.25 and sum(map(is_only, examples)) / len(examples) <= 0.10
+    assert 0.15 <= short <= 0.25 and sum(e.is_only for e in examples) / len(examples) <= 0.10
     assert len(foreign) / len(examples) >= 0.15 and len({e.language for e in foreign}) >= 10
     assert not any(map(in_other_language, examples))
     assert len(list(near_duplicates(e.query for e in examples))) <= 5

@@ -47,10 +47,7 @@ def main() -> None:
         completions = generate(model, part, max_tokens=limit, end=end, batch_size=len(part))
         seconds["batched"] += time.perf_counter() - start
         tokens += sum(len(completion.tokens) for completion in completions)
-        texts["batched"] += [
-            tokenizer.decode([token for token in completion.tokens if token != end])
-            for completion in completions
-        ]
+        texts["batched"] += [completion.text(tokenizer) for completion in completions]
     print(f"{name}: {len(prompts)} queries in {TURNS} batches of {size}, {tokens} tokens")
     print(f"{mx.default_device()}, {models.compute_dtype()}")
     for how, spent in seconds.items():

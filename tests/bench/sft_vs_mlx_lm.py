@@ -12,7 +12,6 @@ sft.validate on the same held-out rows.
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -142,23 +141,19 @@ def work(side: str, config: Config, folder: Path) -> None:
         turn.finish(figures)
 
 
-def write_rows(path: Path, examples) -> None:
-    rows = ({"query": example.query, "output": example.lines} for example in examples)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     import mlx.core as mx
 
     import model as models
-    from dataset.schema import load_rows, split_examples
+    from checkpoint import write_rows
+    from dataset.schema import canonical_row, load_rows, split_examples
     from sft import validate
 
     examples = load_rows(arguments.rows).train
     train, held = split_examples(examples, arguments.held / len(examples), seed=42)
     limit = min(arguments.limit, len(train))
-    write_rows(folder / TRAIN, random.Random(42).sample(train, limit))
-    write_rows(folder / HELD, held)
+    write_rows(folder / TRAIN, map(canonical_row, random.Random(42).sample(train, limit)))
+    write_rows(folder / HELD, map(canonical_row, held))
     print(
         f"{limit} rows to train on, {len(held)} held out, {arguments.steps} steps of "
         f"{arguments.batch_size}, LoRA {RANK} on all projections, {mx.default_device()}"
