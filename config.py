@@ -126,7 +126,7 @@ class Penalties:
 
 @dataclass
 class Grpo:
-    num_generations: int = key(8, least=1)
+    num_generations: int = key(8, least=2)
     max_completion_length: int = key(200, least=1)
     beta: float = key(0.02, least=0.0)
     epsilon_low: float = key(0.2, above=0.0, most=1.0)

@@ -150,6 +150,12 @@ def recommended() -> int:
     return mx.device_info().get("max_recommended_working_set_size", installed())
 
 
+def cache_limit() -> int:
+    """Bytes of freed buffers that MLX may keep for reuse: an eighth of what the device recommends,
+    2 GiB at most. They come on top of what a run needs."""
+    return min(2 << 30, recommended() // 8)
+
+
 def savings(stage: str, config: Config) -> Iterator[tuple[Config, dict[str, object]]]:
     """Settings that need less memory, the cheapest in time first, each added to those before.
 

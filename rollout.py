@@ -17,6 +17,10 @@ from penalties import PENALTIES
 from reward import parse_expansion, score_expansion, score_expansion_detailed
 
 
+class RewardError(ValueError):
+    """The reward of a completion could not be computed."""
+
+
 @dataclass
 class Rollout:
     """One sampled completion with everything that training needs to know of it."""
@@ -73,13 +77,24 @@ def exchange(rollouts: Sequence[Rollout]) -> list[Rollout]:
 
 
 def set_rewards(rollouts: Sequence[Rollout], settings: Grpo) -> None:
-    """Set rubric, penalties and reward of every rollout; penalties of weight 0 are not computed."""
+    """Set rubric, penalties and reward of every rollout; penalties of weight 0 are not computed.
+
+    Raises:
+        RewardError: the rubric or a penalty failed.
+    """
     weights = {name: w for name, w in dataclasses.asdict(settings.penalties).items() if w}
     for r in rollouts:
-        scores = score_expansion_detailed(r.query, r.text)
-        r.rubric = scores["percentage"] / 100
-        base = r.rubric if settings.reward == "percentage" else score_expansion(r.query, r.text)
-        r.penalties = {name: PENALTIES[name](r.query, r.text, r.finished) for name in weights}
+        try:
+            r.rubric = score_expansion_detailed(r.query, r.text)["percentage"] / 100
+            base = r.rubric if settings.reward == "percentage" else score_expansion(r.query, r.text)
+            r.penalties = {name: PENALTIES[name](r.query, r.text, r.finished) for name in weights}
+        except (
+            Exception
+        ) as error:  # a rubric that was changed for a project of its own may raise any
+            raise RewardError(
+                f"the reward of query {r.query!r}, completion {r.text!r}, failed: "
+                f"{type(error).__name__}: {error}"
+            ) from error
         r.reward = base - sum(weights[name] * amount for name, amount in r.penalties.items())
 
 
@@ -186,19 +201,29 @@ def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:
 
 
 def score_greedily(
-    model: nn.Module, tokenizer, prompts: Sequence[tuple[str, list[int]]], limit: int, end: int
-) -> tuple[float, float]:
-    """(mean percentage, share cut off at the limit) of greedy completions of (query, ids) pairs.
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[tuple[str, list[int]]],
+    settings: Grpo,
+    end: int,
+) -> dict[str, float]:
+    """Means over greedy completions of (query, ids) pairs: "reward" (what is optimised, 0 to 1),
+    "score" (the rubric's percentage) and "truncated" (the share cut off at the limit).
 
     The ranks share the pairs out.
     """
     model.eval()
     prompts = distributed.share_out(prompts)
+    limit = settings.max_completion_length
     completions = generate(model, [ids for _, ids in prompts], max_tokens=limit, end=end)
-    scores = [
-        score_expansion_detailed(query, completion.text(tokenizer))["percentage"]
-        for (query, _), completion in zip(prompts, completions, strict=True)
+    rows = [
+        Rollout(query, ids, c.tokens, c.finished, c.text(tokenizer))
+        for (query, ids), c in zip(prompts, completions, strict=True)
     ]
-    scores = distributed.collect(scores)
-    cut_off = distributed.collect([not c.finished for c in completions])
-    return sum(scores) / len(scores), sum(cut_off) / len(cut_off)
+    set_rewards(rows, settings)
+    rows = exchange(rows)
+    return {
+        "reward": sum(r.reward for r in rows) / len(rows),
+        "score": 100 * sum(r.rubric for r in rows) / len(rows),
+        "truncated": sum(not r.finished for r in rows) / len(rows),
+    }

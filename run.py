@@ -19,15 +19,13 @@ import distributed
 from checkpoint import Checkpoint, Checkpoints, write_json, write_text
 from cli import Interrupted, duration
 from config import Config, Training, to_yaml
-from memory import preflight
+from memory import cache_limit, preflight
 from model import adapter_weights, add_lora, lora_config, save_adapter
 from tracking import Tracker
 
 METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
 # Nats a token; a healthy run stays far below.
 RUNAWAY_KL = 0.5
-# Buffers kept for reuse: what is above goes back to the system, instead of all at every step.
-CACHE_LIMIT_BYTES = 2 << 30
 
 
 def schedule(training: Training, total: int):
@@ -121,7 +119,7 @@ class Run:
         self.start = self.last_save = time.monotonic()
         if self.leads:
             self._check()
-        mx.set_cache_limit(CACHE_LIMIT_BYTES)
+        mx.set_cache_limit(cache_limit())
         mx.reset_peak_memory()
 
     @property
@@ -277,6 +275,13 @@ class Run:
         saved = self.checkpoints.save(*self.whole)
         return f"{trouble}; step {self.whole[0]} is saved in {saved}: go on with --resume"
 
+    def rescue(self, model, optimizer: optim.Optimizer) -> str:
+        """Save the last whole step before an error ends the run; what to tell the user."""
+        if not self.leads or self.step == 0:
+            return f"at step {self.step + 1}"
+        saved = self.save(model, optimizer)
+        return f"at step {self.step + 1}; {self.step} is saved in {saved}: go on with --resume"
+
     def preflight(self, chain, longest: int) -> None:
         """Say what the run will need of the memory, and warn when it is too much."""
         line, warning = preflight(self.stage, self.config, chain, longest)
@@ -353,6 +358,8 @@ class Run:
             ),
             "every group has equal rewards, so nothing is learnt: raise num_generations or "
             "generation.temperature": record["frac_reward_zero_std"] == 1.0,
+            "every completion was cut off at the limit: raise grpo.max_completion_length, or train "
+            "SFT for longer": record["completions/clipped_ratio"] == 1.0,
             "completions are under a third of their first length: look at samples.jsonl and "
             "grpo.penalties": length < self.first_length / 3,
         }

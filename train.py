@@ -59,7 +59,8 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     import distributed
     import model as models
     from dataset.schema import write_query_digests
-    from run import CACHE_LIMIT_BYTES, Run, check_output
+    from memory import cache_limit
+    from run import Run, check_output
     from sft import Batches, completion_loss, tokenize, validate
 
     training = config.training
@@ -177,7 +178,7 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
                         steps_per_save=(total + 1) * batches.accumulation,
                         grad_checkpoint=training.gradient_checkpointing,
                         grad_accumulation_steps=batches.accumulation,
-                        clear_cache_threshold=CACHE_LIMIT_BYTES,
+                        clear_cache_threshold=cache_limit(),
                     ),
                     loss=completion_loss,
                     iterate_batches=micro_batches,
@@ -216,6 +217,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     from decode import random_keys
     from grpo import group_advantages, grpo_loss
     from rollout import (
+        RewardError,
         active_tokens,
         batch_share,
         completion_logps,
@@ -298,11 +300,14 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     value_and_grad = nn.value_and_grad(model, loss_of)
 
     def evaluate() -> str:
-        limit = settings.max_completion_length
-        score, truncated = score_greedily(model, tokenizer, held, limit, end)
-        best = run.consider(score, model, higher_is_better=True)
-        run.log({"eval_score": score, "eval_truncated": truncated})
-        return f"held-out {score:.1f}%{' (best)' if best else ''}"
+        found = score_greedily(model, tokenizer, held, settings, end)
+        # By the reward: the rubric alone would prefer what the penalties are there to prevent.
+        best = run.consider(found["reward"], model, higher_is_better=True)
+        run.log({f"eval_{name}": value for name, value in found.items()})
+        return (
+            f"held-out {found['score']:.1f}%, reward {found['reward']:.3f}"
+            f"{' (best)' if best else ''}"
+        )
 
     print(
         f"GRPO from {sft}: {len(prompts)} prompts, {total} steps of {per_step} x {group} "
@@ -330,7 +335,10 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
                 batch_size=settings.rollout_batch_size,
             )
             # 2. Score them; 3. compare each with its group.
-            set_rewards(rollouts, settings)
+            try:
+                set_rewards(rollouts, settings)
+            except RewardError as error:
+                raise RewardError(f"{error}; {run.rescue(model, optimizer)}") from error
             rollouts = exchange(rollouts)
             rewards = mx.array([r.reward for r in rollouts]).reshape(-1, group)
             advantages = group_advantages(rewards, settings.scale_rewards).flatten().tolist()
@@ -410,7 +418,15 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
         return
     models.copy_adapters(chain, run.folder / "sft")
     write_query_digests(run.folder, [query for query, _ in prompts])
-    run.finish(model, adapter_config, {"prompts": len(prompts), "held_out_prompts": len(held)})
+    run.finish(
+        model,
+        adapter_config,
+        {
+            "prompts": len(prompts),
+            "held_out_prompts": len(held),
+            "best_is": "highest held-out reward" if held else "the last step",
+        },
+    )
     if held and run.best_step == 0:
         print("no step beat the SFT model on the held-out queries: the result is the SFT model")
     else:

@@ -7,7 +7,7 @@ from tiny import make_llama, make_qwen3
 
 import memory
 from config import Config, load_config
-from memory import Estimate, Shape, estimate, preflight, recommended, savings
+from memory import Estimate, Shape, cache_limit, estimate, preflight, recommended, savings
 from model import adapter_weights, add_lora, load_base, lora_config, read_chain
 
 # tests.tiny's Qwen3 without the vocabulary: 2 layers, hidden 64, 4 heads and 2 KV heads of 16, ffn 128.
@@ -96,6 +96,13 @@ def test_what_the_device_recommends_or_all_memory(device, monkeypatch):
     assert recommended() == 5_300_000_000
     monkeypatch.setattr(mx, "device_info", dict)
     assert recommended() > 2e8  # any machine this runs on
+
+
+def test_buffers_kept_for_reuse_follow_the_device(device):
+    device(5.6)
+    assert cache_limit() == 700_000_000
+    device(96)
+    assert cache_limit() == 2 << 30
 
 
 def test_a_proposal_fits_and_is_what_the_configuration_takes(qwen, device, monkeypatch):

@@ -190,6 +190,77 @@ def test_grpo_leaves_a_chain_of_its_own(grpo_run, base):
     assert all(mx.abs(w).max().item() > 0 for w in learnt.values())
     evaluated = [record["step"] for record in metrics(output) if "eval_score" in record]
     assert evaluated == [0, 3, 6]
+    record = json.loads((output / "run.json").read_text())
+    rewards = [record["eval_reward"] for record in metrics(output) if "eval_reward" in record]
+    assert record["best_is"] == "highest held-out reward"
+    assert record["best_value"] == max(rewards)
+
+
+def learnt(adapter: Path) -> float:
+    weights = mx.load(str(adapter / "adapters.safetensors"))
+    return max(mx.abs(w).max().item() for name, w in weights.items() if name.endswith("lora_b"))
+
+
+def test_equal_rewards_teach_nothing_and_are_told(sft_run, grpo_options, run, tmp_path):
+    """Nearly greedy and of one token, a group's completions are one and the same."""
+    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
+    limits = ["grpo.max_completion_length=1", "generation.temperature=1e-3", "training.max_steps=2"]
+    done = run(["train.py", "grpo", *grpo_options, *sets(limits)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: step 1: every group has equal rewards" in done.stderr
+    assert done.stderr.count("warning: ") == 1  # once
+    assert "no step beat the SFT model" in done.stdout
+    assert learnt(tmp_path / "outputs" / "grpo" / "last") == 0
+
+
+def test_when_every_completion_is_cut_off(sft_run, grpo_options, run, tmp_path):
+    """It is told, and where they are left out of the loss, there is none."""
+    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
+    masked = ["grpo.max_completion_length=1", "grpo.mask_truncated=true", "training.max_steps=1"]
+    done = run(["train.py", "grpo", *grpo_options, *sets(masked)], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "warning: step 1: every completion was cut off at the limit" in done.stderr
+    [step] = [record for record in metrics(tmp_path / "outputs/grpo") if "reward" in record]
+    assert step["grad_norm"] == 0 and step["kl"] == 0
+
+
+def test_one_prompt_is_enough(sft_run, grpo_options, run, tmp_path):
+    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
+    (tmp_path / "one.jsonl").write_text('{"query": "auth", "output": [["lex", "auth login"]]}\n')
+    one = sets(["dataset.name=one.jsonl", "training.max_steps=2", "training.epochs=2"])
+    done = run(["train.py", "grpo", *grpo_options, *one], cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "1 prompts, 2 steps of 2 x 4 completions" in done.stdout
+    assert "adapter of step 2" in done.stdout  # none held out: the last one
+
+
+def test_a_reward_that_raises_ends_the_run_and_loses_no_step(
+    sft_run, grpo_options, tmp_path, monkeypatch, capfd
+):
+    import rollout
+
+    score, calls = rollout.score_expansion_detailed, []
+
+    def failing(query: str, text: str) -> dict:
+        calls.append(query)
+        if len(calls) > 2 + 8:  # the held-out queries and the first step's groups
+            raise KeyError("broken")
+        return score(query, text)
+
+    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(rollout, "score_expansion_detailed", failing)
+    saves = sets(["training.save_steps=50"])
+    monkeypatch.setattr(sys, "argv", ["train.py", "grpo", *grpo_options, *saves])
+    with pytest.raises(SystemExit) as caught:
+        runpy.run_path(str(TRAIN), run_name="__main__")
+    error = capfd.readouterr().err
+    assert caught.value.code == 2 and error.count("\n") == 1
+    assert error.startswith(f"error: the reward of query {calls[-1]!r}, completion ")
+    assert "failed: KeyError: 'broken'; at step 2; 1 is saved in outputs/grpo/checkpoints" in error
+    assert [path.name for path in Path("outputs/grpo/checkpoints").glob("step-*")] == [
+        "step-000001"
+    ]
 
 
 # The same result, however often it is stopped
@@ -427,6 +498,8 @@ def test_grpo_before_sft(mistake, sft_run, rows):
     assert "are the same folder" in said
     said = mistake("grpo", *sets([data, f"model.sft={sft}", "grpo.num_generations=3"]))
     assert "must be a multiple of grpo.num_generations (3)" in said
+    said = mistake("grpo", *sets([data, f"model.sft={sft}", "grpo.num_generations=1"]))
+    assert "grpo.num_generations: 1 is not allowed" in said
 
 
 def test_an_output_folder_that_cannot_be_written(mistake, base, rows, tmp_path):
