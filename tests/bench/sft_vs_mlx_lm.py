@@ -1,10 +1,11 @@
 """`train.py sft` next to `mlx_lm.lora`: trained tokens a second, peak memory, validation loss.
 
-By hand: python -m tests.bench.sft_vs_mlx_lm --model MODEL [--rows 'FILES.jsonl'] [--steps N]
+By hand: python -m tests.bench.sft_vs_mlx_lm --model MODEL [--rows 'FILES.jsonl'] [--steps N] [--passes N]
 
-Same base, rows, token ids, batch, LoRA, learning rate (constant) and number of steps; the rest is what
-each does by itself: mlx_lm.lora its loss with mask_prompt, batches, Adam and cache clearing, ours its
-loss, batches, AdamW and gradient clipping. They take turns of BLOCK steps (turns.py). Time runs from the
+Same base, rows, token ids, rows a step, LoRA, optimiser (AdamW with bias correction, without weight decay,
+at a constant rate) and number of steps; the rest is what each does by itself: mlx_lm.lora its loss with
+mask_prompt, batches and cache clearing, ours its loss, batches and gradient clipping. With --passes ours
+takes a step's rows in so many forward passes: its gradient is the same to rounding. They take turns of BLOCK steps (turns.py). Time runs from the
 first step to the last, with batches, logging and compilation, without loading. Trained tokens are those
 of completions, the end token included; mlx-lm's own count has one pad target a row more. With steps x
 batch a multiple of the rows, both train on the same tokens. Both adapters are then validated by
@@ -34,14 +35,18 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
         dataset=Dataset(name=str(folder / TRAIN), eval_split=0.0),
         training=Training(
             max_steps=arguments.steps,
-            batch_size=arguments.batch_size,
-            gradient_accumulation_steps=1,
+            batch_size=arguments.batch_size // arguments.passes,
+            gradient_accumulation_steps=arguments.passes,
             learning_rate=LEARNING_RATE,
             lr_scheduler="constant",
             warmup_ratio=0.0,
         ),
         lora=Lora(rank=RANK, alpha=ALPHA),
     )
+
+
+def rows_per_step(config: Config) -> int:
+    return config.training.batch_size * config.training.gradient_accumulation_steps
 
 
 def tokenized(path: Path, config: Config, tokenizer):
@@ -79,7 +84,10 @@ def run_mlx_lm(config: Config, folder: Path) -> None:
         "num_layers": -1,
         "lora_parameters": lora,
         "learning_rate": LEARNING_RATE,
-        "batch_size": config.training.batch_size,
+        # Its own default, Adam without bias correction, takes longer first steps at the same rate.
+        "optimizer": "adamw",
+        "optimizer_config": {"adamw": {"bias_correction": True, "weight_decay": 0.0}},
+        "batch_size": rows_per_step(config),
         "iters": config.training.max_steps,
         "steps_per_report": 1,
         "save_every": config.training.max_steps,
@@ -129,7 +137,7 @@ def work(side: str, config: Config, folder: Path) -> None:
         from mlx_lm.tuner import trainer
 
         figures: dict = {}
-        pad_targets = 0 if side == "ours" else config.training.batch_size
+        pad_targets = 0 if side == "ours" else rows_per_step(config)
         # Before mlx_lm.lora takes it from there.
         trainer.train = in_turns(trainer.train, turn, pad_targets, figures)
         if side == "ours":
@@ -161,7 +169,8 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
 
     def command(side: str) -> list:
         options = ["--model", arguments.model, "--steps", str(arguments.steps), "--side", side]
-        options += ["--batch-size", str(arguments.batch_size), "--folder", folder]
+        options += ["--batch-size", str(arguments.batch_size), "--passes", str(arguments.passes)]
+        options += ["--folder", folder]
         return [sys.executable, "-m", "tests.bench.sft_vs_mlx_lm", *options]
 
     figures = alternate(SIDES, command)
@@ -184,11 +193,14 @@ def main() -> None:
     parser.add_argument("--held", type=int, default=120, help="rows to validate on (default 120)")
     parser.add_argument("--steps", type=int, default=200, help="default 200")
     parser.add_argument("--batch-size", type=int, default=4, help="default 4")
+    parser.add_argument("--passes", type=int, default=1, help="ours: forward passes a step, 1")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.steps % BLOCK:
         parser.error(f"--steps must be a multiple of {BLOCK}")
+    if arguments.batch_size % arguments.passes:
+        parser.error("--passes must divide --batch-size")
     if arguments.side:
         work(arguments.side, configuration(arguments, arguments.folder), arguments.folder)
         return
