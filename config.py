@@ -187,13 +187,13 @@ GRPO_DEFAULTS = {
     "dataset": {"max_samples": 1000},
     "training": {
         "epochs": 1.0,
-        "max_steps": 60,
+        "max_steps": 16,
         "batch_size": 2,
-        "gradient_accumulation_steps": 8,
-        "learning_rate": 1.5e-4,
+        "gradient_accumulation_steps": 16,
+        "learning_rate": 1.2e-3,
         "warmup_ratio": 0.0,
         "max_grad_norm": 0.5,
-        "eval_steps": 10,
+        "eval_steps": 8,
     },
 }
 

@@ -24,7 +24,7 @@ from model import adapter_weights, add_lora, lora_config, save_adapter
 from tracking import Tracker
 
 METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
-# Nats a token; a healthy run stays far below.
+# Nats a token; the default recipe stays under 0.35 on the small model it was measured on.
 RUNAWAY_KL = 0.5
 
 

@@ -28,10 +28,7 @@ from dataset.gate import LEAST, Verdict, evaluation_copies
 from dataset.rules import make_row
 from dataset.schema import (
     canonical_row,
-    file_rows,
-    hub_rows,
-    local_files,
-    looks_local,
+    named_rows,
     normal_query,
 )
 
@@ -61,12 +58,8 @@ def texts(row: dict, column: str) -> list[str]:
 
 
 def source_rows(name: str, split: str, subset: str | None) -> Iterator[dict]:
-    """The rows of local files, or else of a Hub data set."""
-    files = local_files(name)
-    if not files and looks_local(name):
-        raise ValueError(f"{name}: no such file or folder, and no file matches")
-    local = (row for path in files for row in file_rows(path))
-    for place, row in local if files else hub_rows(name, split, subset):
+    """The rows of local files, or else of a Hub data set; the first that is no object ends it."""
+    for place, row in named_rows(name, split, subset):
         if not isinstance(row, dict):
             raise ValueError(f"{place}: {row if isinstance(row, ValueError) else 'not an object'}")
         yield row

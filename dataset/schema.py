@@ -380,6 +380,22 @@ def split_examples(
     return train, [e for e in examples if base_query(e.query) in held]
 
 
+def named_rows(
+    name: str, split: str = "train", subset: str | None = None
+) -> Iterator[tuple[str, object]]:
+    """(place, row) of the local files that `name` stands for, or else of the Hub's data set.
+
+    Raises:
+        DataError: nothing there.
+    """
+    files = local_files(name)
+    if files:
+        return (row for path in files for row in file_rows(path))
+    if looks_local(name):
+        raise DataError(f"{name}: no such file or folder, and no file matches")
+    return hub_rows(name, split, subset)
+
+
 def load_rows(
     name: str,
     *,
@@ -400,17 +416,12 @@ def load_rows(
         DataError: nothing there, nothing in it, or the first broken row as "path:line: reason".
     """
     fields = {"text_field": text_field, "prompt_field": prompt_field}
-    files = local_files(name)
-    if not files and looks_local(name):
-        raise DataError(f"dataset.name {name}: no such file or folder, and no file matches")
-    if files:
-        read = _parse_all((row for path in files for row in file_rows(path)), **fields)
-    else:
-        read = _parse_all(hub_rows(name, split), **fields)
+    read = _parse_all(named_rows(name, split), **fields)
     if not read:
         raise DataError(f"dataset.name {name}: there are no rows in it")
 
     seen: set[str] = set()
+    files = local_files(name)
     prepared = files[0].with_name("val.jsonl") if files else None
     if len(files) == 1 and files[0].name == "train.jsonl" and prepared.is_file():
         held = _parse_all(file_rows(prepared), **fields)
