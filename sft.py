@@ -19,7 +19,7 @@ from model import hidden_states, lm_head
 from prompt import render_target
 
 # Shapes are rounded up to these, so that a compiled step is traced only a few times.
-LENGTH_STEP, TOKEN_STEP = 16, 64
+LENGTH_STEP, TOKEN_STEP = 8, 32
 
 
 @dataclass(frozen=True)
