@@ -86,7 +86,7 @@ class Dataset:
     max_samples: int | None = key(None, least=1)
     final_newline: bool = True
     intent: bool = False
-    qmd_system_prompt_share: float = key(0.0, least=0.0, most=1.0)
+    qmd_system_prompt_share: float = key(0.5, least=0.0, most=1.0)
 
 
 @dataclass
@@ -184,7 +184,7 @@ class Config:
 # What a grpo file leaves out where the two stages differ: as configs/grpo.yaml has it.
 GRPO_DEFAULTS = {
     "model": {"output": "outputs/grpo"},
-    "dataset": {"max_samples": 1000},
+    "dataset": {"max_samples": 1000, "qmd_system_prompt_share": 0.0},
     "training": {
         "epochs": 1.0,
         "max_steps": 16,

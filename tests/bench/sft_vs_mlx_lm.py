@@ -32,7 +32,7 @@ SIDES = ("ours", "mlx_lm.lora")
 def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
     return Config(
         model=Model(base=arguments.model, output=str(folder / SIDES[0])),
-        dataset=Dataset(name=str(folder / TRAIN), eval_split=0.0),
+        dataset=Dataset(name=str(folder / TRAIN), eval_split=0.0, qmd_system_prompt_share=0.0),
         training=Training(
             max_steps=arguments.steps,
             batch_size=arguments.batch_size // arguments.passes,
