@@ -129,7 +129,9 @@ def main() -> None:
     arguments = parser.parse_args()
     config = Config(
         model=Model(sft=arguments.sft),
-        dataset=Dataset(name=arguments.rows, eval_split=0.0, max_samples=PROMPTS),
+        dataset=Dataset(
+            name=arguments.rows, eval_split=0.0, qmd_system_prompt_share=0.0, max_samples=PROMPTS
+        ),
         lora=Lora(rank=RANK, alpha=ALPHA),
         generation=Generation(temperature=TEMPERATURE),
     )

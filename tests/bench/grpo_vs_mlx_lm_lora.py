@@ -32,7 +32,12 @@ SIDES = ("ours", "mlx-lm-lora")
 def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
     return Config(
         model=Model(sft=arguments.sft, output=str(folder / "ours")),
-        dataset=Dataset(name=arguments.rows, eval_split=0.0, max_samples=arguments.steps * PROMPTS),
+        dataset=Dataset(
+            name=arguments.rows,
+            eval_split=0.0,
+            qmd_system_prompt_share=0.0,
+            max_samples=arguments.steps * PROMPTS,
+        ),
         training=Training(
             max_steps=arguments.steps,
             batch_size=arguments.micro_batch,
