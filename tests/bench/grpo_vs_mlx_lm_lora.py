@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--rows", default="data/*.jsonl", help="a file, a folder or a glob")
     parser.add_argument("--steps", type=int, default=8, help="default 8")
     parser.add_argument("--tokens", type=int, default=120, help="limit of a completion, 120")
-    parser.add_argument("--micro-batch", type=int, default=8, help="our completions a pass, 8")
+    parser.add_argument("--micro-batch", type=int, default=4, help="our completions a pass, 4")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--check", action="store_true", help="compare losses and gradients")
     what.add_argument("--profile", action="store_true", help="our step's time by part")
