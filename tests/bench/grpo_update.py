@@ -68,8 +68,8 @@ def prompts_once(model, rollouts: list[Rollout]):
     return at_completions(models.lm_head(model), states, tokens, mask)
 
 
-def ours(model, rollouts: list[Rollout]):
-    return completion_logps(model, rollouts, TEMPERATURE)[:2]
+def ours(model, rollouts: list[Rollout], with_gradient: bool):
+    return completion_logps(model, rollouts, TEMPERATURE, with_gradient=with_gradient)[:2]
 
 
 def in_order(rollouts: list[Rollout]) -> list[list[Rollout]]:
@@ -77,9 +77,9 @@ def in_order(rollouts: list[Rollout]) -> list[list[Rollout]]:
 
 
 VARIANTS = {
-    "plain": (lambda m, r: whole_sequences(m, r, True), in_order),
-    "completions only": (lambda m, r: whole_sequences(m, r, False), in_order),
-    "prompts once": (prompts_once, in_order),
+    "plain": (lambda m, r, _: whole_sequences(m, r, True), in_order),
+    "completions only": (lambda m, r, _: whole_sequences(m, r, False), in_order),
+    "prompts once": (lambda m, r, _: prompts_once(m, r), in_order),
     "slope beside value": (ours, in_order),
     "sorted by length": (ours, lambda rows: micro_batches(rows, longest(rows) * ROWS)),
 }
@@ -94,14 +94,14 @@ def update(model, batches: list[list[Rollout]], logps_of, active: int):
     started = time.perf_counter()
     with models.adapters_off(model):
         for batch in batches:
-            logps, _ = logps_of(model, batch)
+            logps, _ = logps_of(model, batch, False)
             mx.eval(logps)
             for r, row in zip(batch, logps, strict=True):
                 r.ref_logps = row[: len(r.tokens)]
     middle = time.perf_counter()
 
     def loss_of(batch):
-        logps, mask = logps_of(model, batch)
+        logps, mask = logps_of(model, batch, True)
         return grpo_loss(
             logps,
             mask,
