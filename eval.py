@@ -29,34 +29,17 @@ def parse_arguments() -> argparse.Namespace:
         description="Expand queries with a model, score the expansions, compare two results.",
         epilog="example: python eval.py --model outputs/grpo --decode qmd -o results.json",
     )
-    add = parser.add_argument
+    add, count = parser.add_argument, cli.whole(1)
     add("positional_model", metavar="MODEL", nargs="?", help="the same as --model")
     add("--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)")
     add("--queries", type=Path, metavar="FILE", help="one a line (default: evals/queries.txt)")
     add("--query", metavar="TEXT", help="answer this one query")
-    add("--max-queries", type=cli.whole(1), metavar="N", help="stop after the first N")
-    add(
-        "--max-new-tokens",
-        type=cli.whole(1),
-        metavar="N",
-        help="default: 200, with --decode qmd 600",
-    )
-    add(
-        "--batch-size",
-        type=cli.whole(1),
-        metavar="N",
-        default=32,
-        help="rows at once (default: 32)",
-    )
+    add("--max-queries", type=count, metavar="N", help="stop after the first N")
+    add("--max-new-tokens", type=count, metavar="N", help="default: 200, with --decode qmd 600")
+    add("--batch-size", type=count, metavar="N", default=32, help="rows at once (default: 32)")
     add("--decode", choices=("greedy", "qmd"), default="greedy", help="qmd: sampled as QMD does")
     add("--qmd-system-prompt", action="store_true", help="with the system turn that QMD may send")
-    add(
-        "--samples",
-        type=cli.whole(1),
-        metavar="N",
-        default=1,
-        help="texts a query, with --decode qmd",
-    )
+    add("--samples", type=count, metavar="N", default=1, help="texts a query, with --decode qmd")
     add(
         "--seed",
         type=cli.whole(0),

@@ -10,7 +10,7 @@ import numpy as np
 
 import distributed
 from config import Grpo
-from decode import TemperatureSampler, generate
+from decode import Completion, TemperatureSampler, generate
 from grpo import completion_states, pad, sample_std, token_logps
 from model import lm_head
 from penalties import PENALTIES
@@ -63,12 +63,18 @@ def roll_out(
         sampler=TemperatureSampler(temperature, keys.reshape(-1, 2)),
         batch_size=batch_size,
     )
-    rollouts = []
-    for i, completion in enumerate(completions):
-        query, ids = prompts[i // keys.shape[1]]
-        text = completion.text(tokenizer)
-        rollouts.append(Rollout(query, ids, completion.tokens, completion.finished, text))
-    return rollouts
+    repeated = [pair for pair in prompts for _ in range(keys.shape[1])]
+    return _rollouts(repeated, completions, tokenizer)
+
+
+def _rollouts(
+    prompts: Sequence[tuple[str, list[int]]], completions: Sequence[Completion], tokenizer
+) -> list[Rollout]:
+    """Each (query, prompt ids) pair with its completion."""
+    return [
+        Rollout(query, ids, c.tokens, c.finished, c.text(tokenizer))
+        for (query, ids), c in zip(prompts, completions, strict=True)
+    ]
 
 
 def exchange(rollouts: Sequence[Rollout]) -> list[Rollout]:
@@ -88,9 +94,7 @@ def set_rewards(rollouts: Sequence[Rollout], settings: Grpo) -> None:
             r.rubric = score_expansion_detailed(r.query, r.text)["percentage"] / 100
             base = r.rubric if settings.reward == "percentage" else score_expansion(r.query, r.text)
             r.penalties = {name: PENALTIES[name](r.query, r.text, r.finished) for name in weights}
-        except (
-            Exception
-        ) as error:  # a rubric that was changed for a project of its own may raise any
+        except Exception as error:  # a rubric changed for a project of its own may raise any
             raise RewardError(
                 f"the reward of query {r.query!r}, completion {r.text!r}, failed: "
                 f"{type(error).__name__}: {error}"
@@ -216,10 +220,7 @@ def score_greedily(
     prompts = distributed.share_out(prompts)
     limit = settings.max_completion_length
     completions = generate(model, [ids for _, ids in prompts], max_tokens=limit, end=end)
-    rows = [
-        Rollout(query, ids, c.tokens, c.finished, c.text(tokenizer))
-        for (query, ids), c in zip(prompts, completions, strict=True)
-    ]
+    rows = _rollouts(prompts, completions, tokenizer)
     set_rewards(rows, settings)
     rows = exchange(rows)
     return {

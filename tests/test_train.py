@@ -196,46 +196,58 @@ def test_grpo_leaves_a_chain_of_its_own(grpo_run, base):
     assert record["best_value"] == max(rewards)
 
 
+@pytest.fixture
+def after_sft(sft_run, tmp_path) -> Path:
+    """A working directory of its own with the SFT run's result."""
+    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
+    return tmp_path
+
+
+@pytest.fixture
+def short_grpo(after_sft, grpo_options, run):
+    """`short_grpo("section.key=value", ...)` runs GRPO to its end; the process, which exited with 0."""
+
+    def call(*settings: str) -> subprocess.CompletedProcess[str]:
+        done = run(["train.py", "grpo", *grpo_options, *sets(settings)], cwd=after_sft)
+        assert done.returncode == 0, done.stderr
+        return done
+
+    return call
+
+
 def learnt(adapter: Path) -> float:
     weights = mx.load(str(adapter / "adapters.safetensors"))
     return max(mx.abs(w).max().item() for name, w in weights.items() if name.endswith("lora_b"))
 
 
-def test_equal_rewards_teach_nothing_and_are_told(sft_run, grpo_options, run, tmp_path):
+def test_equal_rewards_teach_nothing_and_are_told(short_grpo, tmp_path):
     """Nearly greedy and of one token, a group's completions are one and the same."""
-    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
     limits = ["grpo.max_completion_length=1", "generation.temperature=1e-3", "training.max_steps=2"]
-    done = run(["train.py", "grpo", *grpo_options, *sets(limits)], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = short_grpo(*limits)
     assert "warning: step 1: every group has equal rewards" in done.stderr
     assert done.stderr.count("warning: ") == 1  # once
     assert "no step beat the SFT model" in done.stdout
     assert learnt(tmp_path / "outputs" / "grpo" / "last") == 0
 
 
-def test_when_every_completion_is_cut_off(sft_run, grpo_options, run, tmp_path):
+def test_when_every_completion_is_cut_off(short_grpo, tmp_path):
     """It is told, and where they are left out of the loss, there is none."""
-    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
     masked = ["grpo.max_completion_length=1", "grpo.mask_truncated=true", "training.max_steps=1"]
-    done = run(["train.py", "grpo", *grpo_options, *sets(masked)], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = short_grpo(*masked)
     assert "warning: step 1: every completion was cut off at the limit" in done.stderr
     [step] = [record for record in metrics(tmp_path / "outputs/grpo") if "reward" in record]
     assert step["grad_norm"] == 0 and step["kl"] == 0
 
 
-def test_one_prompt_is_enough(sft_run, grpo_options, run, tmp_path):
-    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
+def test_one_prompt_is_enough(short_grpo, tmp_path):
     (tmp_path / "one.jsonl").write_text('{"query": "auth", "output": [["lex", "auth login"]]}\n')
-    one = sets(["dataset.name=one.jsonl", "training.max_steps=2", "training.epochs=2"])
-    done = run(["train.py", "grpo", *grpo_options, *one], cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    done = short_grpo("dataset.name=one.jsonl", "training.max_steps=2", "training.epochs=2")
     assert "1 prompts, 2 steps of 2 x 4 completions" in done.stdout
     assert "adapter of step 2" in done.stdout  # none held out: the last one
 
 
 def test_a_reward_that_raises_ends_the_run_and_loses_no_step(
-    sft_run, grpo_options, tmp_path, monkeypatch, capfd
+    after_sft, grpo_options, monkeypatch, capfd
 ):
     import rollout
 
@@ -247,8 +259,7 @@ def test_a_reward_that_raises_ends_the_run_and_loses_no_step(
             raise KeyError("broken")
         return score(query, text)
 
-    shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(after_sft)
     monkeypatch.setattr(rollout, "score_expansion_detailed", failing)
     saves = sets(["training.save_steps=50"])
     monkeypatch.setattr(sys, "argv", ["train.py", "grpo", *grpo_options, *saves])
