@@ -21,6 +21,7 @@ from cli import Interrupted, duration
 from config import Config, Training, to_yaml
 from memory import cache_limit, preflight
 from model import adapter_weights, add_lora, lora_config, save_adapter
+from rollout import RewardError
 from tracking import Tracker
 
 METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
@@ -232,18 +233,23 @@ class Run:
         name = f"{self.training.seed}:{self.step}:{distributed.rank()}"
         mx.random.seed(random.Random(name).getrandbits(64))
 
-    def _contents(self, model, optimizer: optim.Optimizer) -> tuple[int, dict, dict]:
-        """A checkpoint: the step, its state and its arrays."""
+    def keep(self, model, optimizer: optim.Optimizer) -> None:
+        """Remember this step as the last whole one: what `save` writes, even in the midst of the next.
+
+        It holds references only: MLX replaces arrays, it does not change them.
+        """
         arrays = {
             "adapters": adapter_weights(model),
             "optimizer": dict(tree_flatten(optimizer.state)),
         }
         if self.best is not None:
             arrays["best"] = self.best
-        return self.step, self._progress(), arrays
+        mx.eval(arrays)
+        self.whole = self.step, self._progress(), arrays
 
-    def save(self, model, optimizer: optim.Optimizer) -> Path:
-        path = self.checkpoints.save(*self._contents(model, optimizer))
+    def save(self) -> Path:
+        """Write the last whole step as a checkpoint."""
+        path = self.checkpoints.save(*self.whole)
         self.last_save = time.monotonic()
         return path
 
@@ -256,31 +262,20 @@ class Run:
         signum = max(distributed.gather(self.signum or 0))
         saved = None
         if self.leads:
-            if distributed.size() > 1:
-                # References only: MLX replaces arrays, it does not change them.
-                self.whole = self._contents(model, optimizer)
-                mx.eval(self.whole[2])
+            self.keep(model, optimizer)
             if signum or self.save_due():
-                saved = self.save(model, optimizer)
+                saved = self.save()
         if signum:
             distributed.barrier()  # a rank that ends may have the others ended, by mlx.launch
             raise self.interrupted(signum, saved)
 
     def _give_up(self, trouble: str) -> str:
-        """Save the last whole step, for a run that has lost a rank; what to tell the user."""
+        """Save the last whole step, for a run that cannot go on; what to tell the user."""
         if not self.leads:
             return trouble
         if self.whole is None:
-            return f"{trouble}; no step was done yet"
-        saved = self.checkpoints.save(*self.whole)
-        return f"{trouble}; step {self.whole[0]} is saved in {saved}: go on with --resume"
-
-    def rescue(self, model, optimizer: optim.Optimizer) -> str:
-        """Save the last whole step before an error ends the run; what to tell the user."""
-        if not self.leads or self.step == 0:
-            return f"at step {self.step + 1}"
-        saved = self.save(model, optimizer)
-        return f"at step {self.step + 1}; {self.step} is saved in {saved}: go on with --resume"
+            return f"{trouble}; no new step was done"
+        return f"{trouble}; step {self.whole[0]} is saved in {self.save()}: go on with --resume"
 
     def preflight(self, chain, longest: int) -> None:
         """Say what the run will need of the memory, and warn when it is too much."""
@@ -397,6 +392,8 @@ class Run:
         try:
             if distributed.is_loss(error):
                 raise ConnectionError(self._give_up(distributed.LOSS)) from None
+            if isinstance(error, RewardError | RuntimeError):  # the latter from MLX: out of memory
+                raise type(error)(self._give_up(str(error))) from error
         finally:
             for signum, handler in self.handlers.items():
                 signal.signal(signum, handler)

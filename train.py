@@ -217,7 +217,6 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     from decode import random_keys
     from grpo import group_advantages, grpo_loss
     from rollout import (
-        RewardError,
         active_tokens,
         batch_share,
         completion_logps,
@@ -335,10 +334,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
                 batch_size=settings.rollout_batch_size,
             )
             # 2. Score them; 3. compare each with its group.
-            try:
-                set_rewards(rollouts, settings)
-            except RewardError as error:
-                raise RewardError(f"{error}; {run.rescue(model, optimizer)}") from error
+            set_rewards(rollouts, settings)
             rollouts = exchange(rollouts)
             rewards = mx.array([r.reward for r in rollouts]).reshape(-1, group)
             advantages = group_advantages(rewards, settings.scale_rewards).flatten().tolist()

@@ -168,7 +168,8 @@ def test_what_is_saved_is_put_back(config, tiny_qwen3, capsys):
         run.step = 2
         run.log({"loss": 2.0})
         run.consider(2.6, model, higher_is_better=False)
-        run.save(model, optimizer)
+        run.keep(model, optimizer)
+        run.save()
         run.seed()
         drawn = mx.random.normal((5,)).tolist()
         run.step = 3
@@ -201,7 +202,8 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_with_other_setting
 ):
     with Run(config, "sft", 10, resume=False, overwrite=False) as run:
         run.step = 4
-        run.save(*trained(tiny_qwen3))
+        run.keep(*trained(tiny_qwen3))
+        run.save()
     with pytest.raises(ValueError, match=r"unfinished run at step 4: go on with --resume, or"):
         Run(config, "sft", 10, resume=False, overwrite=False)
     config.training.epochs = 9
@@ -218,10 +220,28 @@ def test_a_run_that_never_begins_leaves_the_folder_alone(config, tiny_qwen3):
     with Run(config, "sft", 10, resume=False, overwrite=False) as run:
         run.step = 4
         run.log({"loss": 1.0})
-        run.save(*trained(tiny_qwen3))
+        run.keep(*trained(tiny_qwen3))
+        run.save()
     before = sorted(run.folder.rglob("*"))
     Run(config, "sft", 10, resume=False, overwrite=True)
     assert sorted(run.folder.rglob("*")) == before
+
+
+def test_an_error_in_the_midst_of_a_step_loses_no_whole_one(config, tiny_qwen3):
+    model, optimizer = trained(tiny_qwen3)
+    before = models.adapter_weights(model)
+    run = Run(config, "grpo", 10, resume=False, overwrite=False)
+    with pytest.raises(RuntimeError, match=r"^out of memory; no new step was done$"), run:
+        raise RuntimeError("out of memory")
+    with pytest.raises(RuntimeError, match=r"; step 1 is saved in .*step-000001: go on"), run:
+        run.step = 1
+        run.end_step(model, optimizer)
+        later = {name: value + 1 for name, value in before.items()}
+        model.load_weights(list(later.items()), strict=False)
+        run.step = 2  # updated and counted, but its held-out score fails
+        raise RuntimeError("out of memory")
+    found = run.checkpoints.latest(pytest.fail)
+    assert found.step == 1 and weights_equal(found.arrays["adapters"], before)
 
 
 def test_the_best_is_kept_and_patience_ends(config, tiny_qwen3):
@@ -246,7 +266,8 @@ def test_the_result_of_a_run(config, tiny_qwen3):
     run.step = 5
     run.consider(1.0, model, higher_is_better=False)
     best = models.adapter_weights(model)
-    run.save(model, optimizer)
+    run.keep(model, optimizer)
+    run.save()
     later = {name: value + 1 for name, value in best.items()}
     model.load_weights(list(later.items()), strict=False)
     run.step = 6

@@ -268,7 +268,7 @@ def test_a_reward_that_raises_ends_the_run_and_loses_no_step(
     error = capfd.readouterr().err
     assert caught.value.code == 2 and error.count("\n") == 1
     assert error.startswith(f"error: the reward of query {calls[-1]!r}, completion ")
-    assert "failed: KeyError: 'broken'; at step 2; 1 is saved in outputs/grpo/checkpoints" in error
+    assert "failed: KeyError: 'broken'; step 1 is saved in outputs/grpo/checkpoints" in error
     assert [path.name for path in Path("outputs/grpo/checkpoints").glob("step-*")] == [
         "step-000001"
     ]
