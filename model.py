@@ -48,6 +48,11 @@ class Chain:
         """SHA-256 of every adapter file of the chain."""
         return {str(folder): digest(folder / ADAPTER_FILE) for folder in self.adapters}
 
+    def scales(self) -> list[float | None]:
+        """What the update of every adapter is multiplied by; not in the file that is hashed."""
+        configs = [_read_json(folder / ADAPTER_CONFIG) for folder in self.adapters]
+        return [config.get("lora_parameters", {}).get("scale") for config in configs]
+
     def base_hashes(self) -> dict[str, str]:
         """SHA-256 of a local base's weight files; a base from the Hub is known by its revision."""
         files = [] if self.revision else sorted(self.path.glob("*.safetensors"))
@@ -61,6 +66,7 @@ class Chain:
             "revision": self.revision,
             "quantize_bits": self.bits,
             "adapters_sha256": self.hashes(),
+            "adapters_scale": self.scales(),
         }
 
 

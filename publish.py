@@ -105,6 +105,7 @@ def identity(model: dict) -> dict:
         "revision": model.get("revision"),
         "quantisation": model.get("quantize_bits"),
         "adapters": list((model.get("adapters_sha256") or {}).values()),
+        "adapter scales": model.get("adapters_scale"),
         "base weights": model.get("weights_sha256"),
     }
 

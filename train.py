@@ -259,7 +259,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
         distributed.check_same(
             configuration=run.config_text,
             data=prompts + held,
-            model=[chain.revision, chain.hashes()],
+            model=chain.describe(),
         )
 
     mx.random.seed(training.seed)

@@ -303,6 +303,7 @@ def test_the_results_file_tells_everything(trained, tiny_qwen3, queries, evaluat
             str(folder): sha256(folder / "adapters.safetensors")
             for folder in (trained["grpo"] / "sft", trained["grpo"])
         },
+        "adapters_scale": [2.0, 2.0],
     }
     assert [(x["query"], x["category"]) for x in record["results"]] == [
         ("nginx TLS", "servers"),

@@ -295,17 +295,29 @@ def test_the_verdict_is_of_queries_that_neither_was_trained_on(folder):
 # The evaluation must be of these weights
 
 
-@pytest.mark.parametrize("part", ["adapters.safetensors", "sft/adapters.safetensors", "base"])
+TAMPERED = {
+    "adapters.safetensors": "adapters",
+    "sft/adapters.safetensors": "adapters",
+    "adapter_config.json": "adapter scales",
+    "base": "base weights",
+}
+
+
+@pytest.mark.parametrize("part", TAMPERED)
 def test_tampered_weights(chain, push, hub_root, part, tiny_qwen3, tmp_path):
     record = evaluation(chain)
     if part == "base":
         record["model"]["weights_sha256"]["model.safetensors"] = "0" * 64
         save(record, chain)
+    elif part == "adapter_config.json":
+        config = json.loads((chain / part).read_text())
+        config["lora_parameters"]["scale"] *= 3
+        (chain / part).write_text(json.dumps(config))
     else:
         content = bytearray((chain / part).read_bytes())
         content[-1] ^= 1
         (chain / part).write_bytes(content)
-    what = "base weights" if part == "base" else "adapters"
+    what = TAMPERED[part]
     with pytest.raises(ValueError, match=rf"is not of the weights of .* \({what} differ\)"):
         push(chain, "--force", "no reason is enough")
     assert not (hub_root / "requests.log").read_text()
