@@ -25,8 +25,8 @@ from rollout import RewardError
 from tracking import Tracker
 
 METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
-# Nats a token; the default recipe stays under 0.35 on the small model it was measured on.
-RUNAWAY_KL = 0.5
+# Nats a token; single steps of the default recipe reach 0.6 on the small model it was measured on.
+RUNAWAY_KL = 1.0
 
 
 def schedule(training: Training, total: int):

@@ -317,6 +317,31 @@ def test_when_a_checkpoint_is_due(config):
     assert run.save_due()
 
 
+HEALTHY = {
+    "kl": 0.2,
+    "frac_reward_zero_std": 0.25,
+    "completions/clipped_ratio": 0.1,
+    "completions/mean_length": 60.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "named"),
+    [
+        ({"kl": 1.1}, "the KL to the SFT model is running away: lower learning_rate"),
+        ({"frac_reward_zero_std": 1.0}, "every group has equal rewards"),
+        ({"completions/clipped_ratio": 1.0}, "every completion was cut off"),
+        ({"completions/mean_length": 19.0}, "under a third of their first length"),
+    ],
+)
+def test_what_ruins_a_run_is_named_once(config, capsys, trouble, named):
+    run = Run(config, "grpo", 10, resume=False, overwrite=False)
+    for run.step, record in enumerate([HEALTHY, HEALTHY | trouble, HEALTHY | trouble], 1):
+        run.watch(record)
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: step 2: ") and named in warning
+
+
 def test_a_signal_waits_for_the_end_of_the_step(config, capsys):
     before = signal.getsignal(signal.SIGTERM)
     run = Run(config, "sft", 10, resume=False, overwrite=False)
