@@ -100,6 +100,9 @@ def side_by_side(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
         row("lines QMD keeps", lambda s: s["qmd"]["kept"], ".2f"),
         row("share of lines kept", lambda s: s["qmd"]["kept_share"], ".1%"),
         row("falls back", lambda s: s["qmd"]["falls_back"], ".1%"),
+        row("distinct lines", lambda s: s["texts"]["distinct"], ".1%"),
+        row("shared with others", lambda s: s["texts"]["templates"], ".1%"),
+        row("characters", lambda s: s["texts"]["characters"], ".0f"),
     ]
     return rows
 

@@ -30,6 +30,7 @@ RESAMPLES, CONFIDENCE = 10_000, 95
 LEAKS_SHOWN = 20
 LINE_PREFIX = re.compile(rf"^\s*(?:{'|'.join(TYPES)})\s*:", re.MULTILINE)
 WORD = re.compile(r"\w+")
+SLOT = "…"
 # Scripts that are written together count as one.
 JOINED_SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK"}
 # The least word Jaccard at which a line counts as the reference's line.
@@ -70,6 +71,23 @@ def in_wrong_language(query: str, text: str) -> bool:
     if letters < asked.total() / 4:
         script = "LATIN"
     return found[script] < found.total() / 4
+
+
+def template_of(text: str, query: str) -> str:
+    """The text in lower case, with each run of the query's words and of numbers as one slot.
+
+    >>> template_of("This overview of Jazz history covers 3 key styles.", "jazz history")
+    'this overview of … covers … key styles'
+    """
+    asked = set(map(str.lower, WORD.findall(query)))
+    words = []
+    for word in map(str.lower, WORD.findall(text)):
+        if word in asked or word.isdigit():
+            if words[-1:] != [SLOT]:
+                words.append(SLOT)
+        else:
+            words.append(word)
+    return " ".join(words)
 
 
 def measure(query: str, text: str, truncated: bool = False) -> dict:
@@ -157,7 +175,35 @@ def summarize(results: Sequence[dict], seed: int) -> dict:
             "kept_share": sum(sample["kept"] for sample in samples) / max(lines, 1),
             "falls_back": mean(not sample["kept"] for sample in samples),
         },
+        "texts": text_figures(results),
         "categories": {name: average(of_one, seed) for name, of_one in categories.items()},
+    }
+
+
+def text_figures(results: Sequence[dict]) -> dict[str, float]:
+    """What a rubric that judges one answer at a time does not see, over all samples of `results`.
+
+    Returns:
+        "distinct", the share of lines that repeat no other one of their answer; "templates", the
+        share that stands in the answer to another query too, the queries' own words aside (it grows
+        with the number of queries); "characters" of an answer, its mean length.
+    """
+    distinct, lines, queries_of = 0, [], {}
+    for result in results:
+        query = only_mode(result["query"])[0]
+        for sample in result["samples"]:
+            parsed = parse_expansion(clean_expansion(sample["text"])[0])
+            found = [(kind, text) for kind in TYPES for text in parsed[kind]]
+            distinct += len({(kind, text.lower()) for kind, text in found})
+            for kind, text in found:
+                template = kind, template_of(text, query)
+                lines.append(template)
+                queries_of.setdefault(template, set()).add(query)
+    templates = sum(len(queries_of[line]) > 1 and line[1] != SLOT for line in lines)
+    return {
+        "distinct": distinct / max(len(lines), 1),
+        "templates": templates / max(len(lines), 1),
+        "characters": mean(len(sample["text"]) for r in results for sample in r["samples"]),
     }
 
 
@@ -275,7 +321,7 @@ def format_leaks(summary: dict, leaks: dict) -> str:
 
 def format_summary(summary: dict, leaks: dict) -> str:
     """The summary; what decides stands first."""
-    qmd, counted = summary["qmd"], f"{summary['queries']} queries"
+    qmd, texts, counted = summary["qmd"], summary["texts"], f"{summary['queries']} queries"
     if summary["samples"] > summary["queries"]:
         counted += f", {summary['samples']} samples"
     parts = "  ".join(f"{part} {points:.1f}" for part, points in summary["parts"].items())
@@ -296,6 +342,8 @@ def format_summary(summary: dict, leaks: dict) -> str:
             "",
             "outputs  " + "  ".join(f"{name.replace('_', ' ')} {x:.1%}" for name, x in shares),
             "lines    " + "  ".join(f"{kind} {n:.2f}" for kind, n in summary["lines"].items()),
+            f"texts    distinct lines {texts['distinct']:.1%}  shared with other queries "
+            f"{texts['templates']:.1%}  characters {texts['characters']:.0f}",
             f"points   {parts}  total {summary['total']:.1f} of {summary['max_possible']:.1f}",
             "",
             table(rows),

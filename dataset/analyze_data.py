@@ -25,7 +25,6 @@ from prompt import TYPES, render_lines
 from reward import extract_named_entities, only_mode
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
-SLOT = "…"
 NGRAM = 4  # words
 # A sentence is a template when it stands in so many rows, the words of their queries aside.
 TEMPLATE_ROWS, TEMPLATE_WORDS = 3, 4
@@ -99,25 +98,10 @@ def in_other_language(example: Example) -> bool:
     return astray or (foreign and answers_in_english(example))
 
 
-def template_of(text: str, query: str) -> str:
-    """The text in lower case, with each run of the query's words and of numbers as one slot.
-
-    >>> template_of("This overview of Jazz history covers 3 key styles.", "jazz history")
-    'this overview of … covers … key styles'
-    """
-    asked = set(map(str.lower, WORD.findall(query)))
-    words = []
-    for word in map(str.lower, WORD.findall(text)):
-        if word in asked or word.isdigit():
-            if words[-1:] != [SLOT]:
-                words.append(SLOT)
-        else:
-            words.append(word)
-    return " ".join(words)
-
-
 def templates(examples: Iterable[Example]) -> dict[str, list[tuple[str, int]]]:
     """(template, rows) by type, most frequent first: sentences that only the query's words vary."""
+    from report import SLOT, template_of
+
     rows = {kind: Counter() for kind in TYPES}
     for example in examples:
         for kind, template in {(k, template_of(x, example.query)) for k, x in example.lines}:

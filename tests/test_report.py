@@ -123,6 +123,28 @@ def test_summary_of_two_queries():
     ]
 
 
+def test_lines_that_only_the_query_varies_are_seen_over_all_answers():
+    """The third answer's lex lines are one; "lex: jazz history" is an echo and no template."""
+    results = [
+        result("auth config", "vec: guide to auth config basics\nlex: login\n"),
+        result("jazz history /only:vec", "vec: Guide to Jazz history basics\n"),
+        result("jazz history", "lex: jazz history\nlex: Miles\nlex: miles\nvec: who was Monk\n"),
+        result("bees", "", ""),
+    ]
+    figures = report.summarize(results, seed=0)["texts"]
+    assert figures == pytest.approx(
+        {"distinct": 6 / 7, "templates": 2 / 7, "characters": (44 + 34 + 58) / 5}
+    )
+    # Two samples of one query say the same without being a template.
+    again = [result("bees", "vec: how bees dance\n", "vec: how bees dance\n")]
+    assert report.text_figures(again)["templates"] == 0
+    assert report.text_figures([result("bees", "")]) == {
+        "distinct": 0,
+        "templates": 0,
+        "characters": 0,
+    }
+
+
 def test_nothing_is_unseen_when_all_was_trained_on():
     summary = report.summarize([result("auth config", GOOD, trained_on=True)], seed=0)
     assert summary["unseen"] is None
