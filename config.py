@@ -187,10 +187,10 @@ GRPO_DEFAULTS = {
     "dataset": {"max_samples": 1000, "qmd_system_prompt_share": 0.0},
     "training": {
         "epochs": 1.0,
-        "max_steps": 16,
+        "max_steps": 28,
         "batch_size": 2,
         "gradient_accumulation_steps": 16,
-        "learning_rate": 1.2e-3,
+        "learning_rate": 1e-3,
         "warmup_ratio": 0.0,
         "max_grad_norm": 0.5,
         "eval_steps": 8,

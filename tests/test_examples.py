@@ -101,7 +101,7 @@ def test_every_command_of_the_tour_as_printed(run, hub, hub_root, ollama, notes,
     assert f'+  generate: "{gguf}"' in said["qmd_config.py"]
     assert not (home / ".config").exists()
     assert "8 queries" in said["notes_queries.py"]
-    assert "GRPO from outputs/published/adapters: 7 prompts, 16 steps" in said["train.py"]
+    assert "GRPO from outputs/published/adapters: 7 prompts, 28 steps" in said["train.py"]
     beneath = json.loads((folder / "outputs/notes/sft/adapter_config.json").read_text())
     assert beneath["stage"] == "grpo"  # what was published, itself over an SFT adapter
     assert "golden" in said["eval.py"]
