@@ -115,7 +115,8 @@ def test_a_resumed_run_goes_on_where_it_was(to, calls, tmp_path):
     with Run(asked_for, "sft", 2, resume=False, overwrite=False) as run:
         run.tracker.place["name"] = "sft 2026-03-01 04:05"
         run.step = 1
-        run.save(model, model)
+        run.keep(model, model)
+        run.save()
     calls()
     resumed = Run(asked_for, "sft", 2, resume=True, overwrite=False)
     resumed.restore(model, model)
