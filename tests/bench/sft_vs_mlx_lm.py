@@ -19,6 +19,8 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+
 from config import PROJECTIONS, Config, Dataset, Lora, Model, Training
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
 
@@ -93,8 +95,10 @@ def run_mlx_lm(config: Config, folder: Path) -> None:
         "save_every": config.training.max_steps,
         "adapter_path": str(folder / SIDES[1]),
     }
+    settings = SimpleNamespace(**{**rival.CONFIG_DEFAULTS, **asked})
+    np.random.seed(settings.seed)  # as the command does before it: the order of the batches
     rival.train_model(
-        SimpleNamespace(**{**rival.CONFIG_DEFAULTS, **asked}),
+        settings,
         model,
         TokenDataset({"ids": row.ids, "start": row.start} for row in rows),
         TokenDataset(),
