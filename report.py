@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from dataset.nearness import SLOT, template_of
 from prompt import TYPES
 from qmd import kept_lines
 from reward import (
@@ -30,7 +31,6 @@ RESAMPLES, CONFIDENCE = 10_000, 95
 LEAKS_SHOWN = 20
 LINE_PREFIX = re.compile(rf"^\s*(?:{'|'.join(TYPES)})\s*:", re.MULTILINE)
 WORD = re.compile(r"\w+")
-SLOT = "…"
 # Scripts that are written together count as one.
 JOINED_SCRIPTS = {"HIRAGANA": "CJK", "KATAKANA": "CJK", "KATAKANA-HIRAGANA": "CJK"}
 # The least word Jaccard at which a line counts as the reference's line.
@@ -71,23 +71,6 @@ def in_wrong_language(query: str, text: str) -> bool:
     if letters < asked.total() / 4:
         script = "LATIN"
     return found[script] < found.total() / 4
-
-
-def template_of(text: str, query: str) -> str:
-    """The text in lower case, with each run of the query's words and of numbers as one slot.
-
-    >>> template_of("This overview of Jazz history covers 3 key styles.", "jazz history")
-    'this overview of … covers … key styles'
-    """
-    asked = set(map(str.lower, WORD.findall(query)))
-    words = []
-    for word in map(str.lower, WORD.findall(text)):
-        if word in asked or word.isdigit():
-            if words[-1:] != [SLOT]:
-                words.append(SLOT)
-        else:
-            words.append(word)
-    return " ".join(words)
 
 
 def measure(query: str, text: str, truncated: bool = False) -> dict:
@@ -184,9 +167,9 @@ def text_figures(results: Sequence[dict]) -> dict[str, float]:
     """What a rubric that judges one answer at a time does not see, over all samples of `results`.
 
     Returns:
-        "distinct", the share of lines that repeat no other one of their answer; "templates", the
+        "distinct", the share of lines that repeat no earlier one of their answer; "templates", the
         share that stands in the answer to another query too, the queries' own words aside (it grows
-        with the number of queries); "characters" of an answer, its mean length.
+        with the number of queries); "characters", the mean length of an answer.
     """
     distinct, lines, queries_of = 0, [], {}
     for result in results:

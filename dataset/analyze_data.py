@@ -19,12 +19,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import cli
-from dataset.nearness import near_duplicates
+from dataset.nearness import SLOT, WORD, near_duplicates, template_of
 from dataset.schema import DATA, ONLY_SUFFIX, Example, base_query, normal_query, read_files
 from prompt import TYPES, render_lines
 from reward import extract_named_entities, only_mode
 
-WORD = re.compile(r"\w+(?:['’]\w+)*")
 NGRAM = 4  # words
 # A sentence is a template when it stands in so many rows, the words of their queries aside.
 TEMPLATE_ROWS, TEMPLATE_WORDS = 3, 4
@@ -100,8 +99,6 @@ def in_other_language(example: Example) -> bool:
 
 def templates(examples: Iterable[Example]) -> dict[str, list[tuple[str, int]]]:
     """(template, rows) by type, most frequent first: sentences that only the query's words vary."""
-    from report import SLOT, template_of
-
     rows = {kind: Counter() for kind in TYPES}
     for example in examples:
         for kind, template in {(k, template_of(x, example.query)) for k, x in example.lines}:

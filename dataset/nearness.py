@@ -1,4 +1,5 @@
-"""When two queries say the same: near copies of a few queries, near-duplicates among many."""
+"""When two texts say the same: near copies of a few queries, near-duplicates among many, and
+sentences that only the words of their queries vary."""
 
 import re
 import unicodedata
@@ -12,6 +13,8 @@ from dataset.schema import base_query
 NEAR = 0.75
 # MinHash: 12 bands of 3 propose 95 % of the pairs at 0.75, and 99.8 % of those at 0.85.
 BANDS, BAND_HASHES = 12, 3
+WORD = re.compile(r"\w+(?:['’]\w+)*")
+SLOT = "…"
 
 
 def plain(query: str) -> str:
@@ -87,3 +90,20 @@ def near_duplicates(queries: Iterable[str]) -> Iterator[tuple[str, str]]:
             this = (query, bag)
             for at, key in zip(firsts, keys, strict=True):
                 at.setdefault(key, this)
+
+
+def template_of(text: str, query: str) -> str:
+    """The text in lower case, with each run of the query's words and of numbers as one slot.
+
+    >>> template_of("This overview of Jazz history covers 3 key styles.", "jazz history")
+    'this overview of … covers … key styles'
+    """
+    asked = set(map(str.lower, WORD.findall(query)))
+    words = []
+    for word in map(str.lower, WORD.findall(text)):
+        if word in asked or word.isdigit():
+            if words[-1:] != [SLOT]:
+                words.append(SLOT)
+        else:
+            words.append(word)
+    return " ".join(words)

@@ -12,6 +12,7 @@ from dataset.analyze_data import (
     query_of,
     templates,
 )
+from dataset.nearness import template_of
 from dataset.schema import Example
 
 
@@ -47,6 +48,9 @@ def test_a_query_is_judged_without_its_suffix():
 
 def test_a_template_is_what_the_words_of_the_query_vary():
     text = "This overview of {} covers {} in 12 steps."
+    assert (
+        template_of(text.format("Jazz", "jazz"), "jazz") == "this overview of … covers … in … steps"
+    )
     rows = [example(q, ("hyde", text.format(q, q))) for q in ("jazz", "tax law", "bees")]
     other = example("ants", ("hyde", "Ants carry fifty times their weight."))
     assert templates([*rows, other]) == {
