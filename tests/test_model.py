@@ -301,7 +301,8 @@ def test_a_broken_adapter_folder_is_refused(name, content, sft, tiny_qwen3, tmp_
     assert str(tmp_path / "a") in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_neither_adapter_nor_model(tmp_path):
+def test_neither_adapter_nor_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # the project's own folder may hold outputs/grpo
     with pytest.raises(ModelError, match=r"neither an adapter folder .* nor a model folder"):
         models.read_chain(str(tmp_path))
     for name in ("outputs/grpo", "nowhere", "./a/b", str(tmp_path / "none"), "a/b/c"):
