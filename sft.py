@@ -75,8 +75,16 @@ def collate(rows: Sequence[Row], normalizer: float | None = None) -> tuple[mx.ar
     )
 
 
+def empty() -> tuple[mx.array, ...]:
+    """A batch of no rows, whose loss and gradient are 0."""
+    ids = mx.array([], dtype=mx.int32)
+    return ids.reshape(0, 0), ids, ids, mx.array([]), mx.array(1.0)
+
+
 def completion_loss(model, inputs, where, targets, weights, normalizer):
     """(sum of the negative log-likelihoods / normalizer, number of completion tokens)."""
+    if not inputs.size:
+        return mx.array(0.0), mx.array(0.0)
     states = hidden_states(model, inputs)  # (B, T, D)
     chosen = states.reshape(-1, states.shape[-1])[where]  # (N, D)
     logps, _ = token_logps(chosen, targets, lm_head(model))
@@ -116,6 +124,10 @@ class Batches:
     Rows of like length share an optimiser step's neighbourhood, and a micro-batch within the step.
     The last step of an epoch takes what is left. All ranks have the same steps, and each has every
     `ranks`-th micro-batch of a step.
+
+    An empty batch opens each step and another closes it. The trainer compiles its step apart for the
+    first batch (there is no gradient to add to) and for the last (the optimiser's update is in it):
+    this way it traces each of these once, and not again for every shape.
     """
 
     def __init__(
@@ -129,7 +141,8 @@ class Batches:
     ):
         self.rows, self.seed, self.rank, self.ranks = rows, seed, rank, ranks
         self.effective = batch_size * accumulation
-        self.accumulation = -(-accumulation // ranks)  # this rank's micro-batches a step
+        self.passes = -(-accumulation // ranks)  # this rank's micro-batches a step
+        self.accumulation = self.passes + 2  # with the empty batches: what the trainer takes
         self.steps_per_epoch = -(-len(rows) // self.effective)
         self.current: list[Row] = []
 
@@ -150,18 +163,16 @@ class Batches:
         """This rank's part of one optimiser step, as `accumulation` batches.
 
         The losses of all ranks' batches sum to the mean a token. The trainer divides the summed
-        gradients by their number: the normalizer makes up for it. With fewer rows than that, a
-        batch of zero weight fills in.
+        gradients by their number: the normalizer makes up for it.
         """
-        count = self.accumulation * self.ranks
-        normalizer = sum(len(row.ids) - row.start for row in rows) / count
+        tokens = sum(len(row.ids) - row.start for row in rows)
+        normalizer = tokens / (self.accumulation * self.ranks)
         ordered = sorted(rows, key=lambda row: len(row.ids))
-        for part in np.array_split(np.arange(len(ordered)), count)[self.rank :: self.ranks]:
-            if len(part):
-                yield collate([ordered[i] for i in part], normalizer)
-            else:
-                inputs, where, targets, weights, total = collate(ordered[:1], normalizer)
-                yield inputs, where, targets, mx.zeros_like(weights), total
+        parts = np.array_split(np.arange(len(ordered)), self.passes * self.ranks)
+        yield empty()
+        for part in parts[self.rank :: self.ranks]:
+            yield collate([ordered[i] for i in part], normalizer) if len(part) else empty()
+        yield empty()
 
     def __call__(self, first_step: int) -> Iterator[tuple[mx.array, ...]]:
         """Micro-batches from an optimiser step on, epoch after epoch."""

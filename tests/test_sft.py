@@ -1,15 +1,19 @@
 """sft.py: the loss and its gradient, batches and accumulation, what is left out."""
 
+import itertools
+
 import mlx.core as mx
 import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
+from mlx_lm.tuner import trainer
 
 import model as models
 from dataset.schema import load_rows
 from prompt import render_prompt
-from sft import Batches, Row, collate, completion_loss, tokenize, validate
+from sft import LENGTH_STEP, Batches, Row, collate, completion_loss, tokenize, validate
 
 END = 2
 
@@ -155,11 +159,11 @@ def test_accumulated_micro_batches_are_the_whole_batch(batch_size, accumulation,
         total = grads if total is None else tree_map(mx.add, total, grads)
         losses, count = losses + value.item(), count + 1
         tokens += completion_loss(model, *batch)[1].item()
-    assert count == accumulation
-    mean = {name: g / accumulation for name, g in tree_flatten(total)}
+    assert count == batches.accumulation == accumulation + 2
+    mean = {name: g / count for name, g in tree_flatten(total)}
     assert same(mean, gradient(model, loss, *collate(rows)))
     whole, expected_tokens = completion_loss(model, *collate(rows))
-    assert abs(losses / accumulation - whole.item()) < 1e-5
+    assert abs(losses / count - whole.item()) < 1e-5
     assert tokens == expected_tokens.item()
 
 
@@ -175,7 +179,7 @@ def test_the_ranks_batches_are_the_whole_batch(batch_size, accumulation, ranks, 
     parts = [Batches(some_rows, batch_size, accumulation, 0, rank, ranks) for rank in range(ranks)]
     rows = parts[0].step_rows(0)[-1]
     streams = [list(part.micro_batches(rows)) for part in parts]
-    assert {len(stream) for stream in streams} == {-(-accumulation // ranks)}
+    assert {len(stream) for stream in streams} == {-(-accumulation // ranks) + 2}
     every = [batch for stream in streams for batch in stream]
     assert max(inputs.shape[0] for inputs, *_ in every) <= batch_size
     total, losses = None, 0.0
@@ -213,6 +217,44 @@ def test_the_order_is_the_seeds_and_the_epochs():
     assert sources(one, 0) != sources(one, 1) != sources(other, 1)
 
 
+def test_the_trainer_traces_each_shape_once_and_its_update_once(tiny_qwen3, tmp_path):
+    """Its compiled step differs for the first batch of a step and for the last: both are empty."""
+    rows = [Row([9] * (4 + i // 4 * LENGTH_STEP), 2, "") for i in range(16)]  # four shapes
+    batches = Batches(rows, batch_size=2, accumulation=2, seed=0)
+    model = models.load_base(tiny_qwen3)
+    models.add_lora(model, models.lora_config(model, 4, 8.0, 0.0, ("v_proj",)))
+    traced = []
+
+    def loss(model, inputs, *rest):
+        traced.append(inputs.shape)
+        return completion_loss(model, inputs, *rest)
+
+    updates = []
+
+    class Adam(optim.Adam):
+        def update(self, model, gradients):
+            updates.append(1)
+            super().update(model, gradients)
+
+    optimizer = Adam(1e-3)
+    optimizer.init(model.trainable_parameters())
+    steps = 2 * batches.steps_per_epoch
+    trainer.train(
+        model,
+        optimizer,
+        rows,
+        args=trainer.TrainingArgs(
+            iters=steps * batches.accumulation,
+            grad_accumulation_steps=batches.accumulation,
+            adapter_file=tmp_path / "adapters.safetensors",
+        ),
+        loss=loss,
+        iterate_batches=lambda **_: batches(0),
+    )
+    assert len(updates) == 1
+    assert sorted(traced) == [(0, 0), (0, 0)] + [(2, n * LENGTH_STEP) for n in (1, 2, 3, 4)]
+
+
 def test_rows_of_a_micro_batch_are_of_like_length():
     rng = np.random.default_rng(0)
     rows = [Row([1] * n, 2, "") for n in rng.integers(20, 200, 256).tolist()]
@@ -231,11 +273,12 @@ def test_a_run_that_starts_at_a_later_step_sees_the_same_batches():
 
     def first(step: int, count: int) -> list[list]:
         stream = batches(step)
-        return [[a.tolist() for a in next(stream)] for _ in range(2 * count)]
+        taken = itertools.islice(stream, batches.accumulation * count)
+        return [[a.tolist() for a in batch] for batch in taken]
 
     all_of_it = first(0, 8)
-    assert first(4, 4) == all_of_it[8:]
-    assert first(3, 5) == all_of_it[6:]
+    assert first(4, 4) == all_of_it[4 * batches.accumulation :]
+    assert first(3, 5) == all_of_it[3 * batches.accumulation :]
     next(batches(4))
     assert batches.current == batches.step_rows(1)[1]
 

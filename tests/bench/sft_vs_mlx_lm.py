@@ -1,15 +1,17 @@
 """`train.py sft` next to `mlx_lm.lora`: trained tokens a second, peak memory, validation loss.
 
-By hand: python -m tests.bench.sft_vs_mlx_lm --model MODEL [--rows 'FILES.jsonl'] [--steps N] [--passes N]
+By hand: python -m tests.bench.sft_vs_mlx_lm --model MODEL [--rows 'FILES.jsonl'] [--steps N]
+[--passes N] [--seed N]
 
-Same base, rows, token ids, rows a step, LoRA, optimiser (AdamW with bias correction, without weight decay,
-at a constant rate) and number of steps; the rest is what each does by itself: mlx_lm.lora its loss with
-mask_prompt, batches and cache clearing, ours its loss, batches and gradient clipping. With --passes ours
-takes a step's rows in so many forward passes: its gradient is the same to rounding. They take turns of BLOCK steps (turns.py). Time runs from the
-first step to the last, with batches, logging and compilation, without loading. Trained tokens are those
-of completions, the end token included; mlx-lm's own count has one pad target a row more. With steps x
-batch a multiple of the rows, both train on the same tokens. Both adapters are then validated by
-sft.validate on the same held-out rows.
+Same base, rows, token ids, rows a step, LoRA, optimiser (AdamW with bias correction, without weight
+decay, at a constant rate) and number of steps; the rest is what each does by itself: mlx_lm.lora its
+loss with mask_prompt, batches and cache clearing, ours its loss, batches and gradient clipping. With
+--passes ours takes a step's rows in so many forward passes: its gradient is the same to rounding.
+They take turns of BLOCK steps (turns.py). Time runs from the first step to the last, with batches,
+logging and compilation, without loading. Trained tokens are those of completions, the end token
+included; mlx-lm's own count has one pad target a row more. With steps x batch a multiple of the
+rows, both train on the same tokens. Both adapters are then validated by sft.validate on the same
+held-out rows; the initial LoRA and the order of the rows are each side's own, from the same seed.
 """
 
 import argparse
@@ -42,6 +44,7 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
             learning_rate=LEARNING_RATE,
             lr_scheduler="constant",
             warmup_ratio=0.0,
+            seed=arguments.seed,
         ),
         lora=Lora(rank=RANK, alpha=ALPHA),
     )
@@ -94,6 +97,7 @@ def run_mlx_lm(config: Config, folder: Path) -> None:
         "steps_per_report": 1,
         "save_every": config.training.max_steps,
         "adapter_path": str(folder / SIDES[1]),
+        "seed": config.training.seed,
     }
     settings = SimpleNamespace(**{**rival.CONFIG_DEFAULTS, **asked})
     np.random.seed(settings.seed)  # as the command does before it: the order of the batches
@@ -174,7 +178,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> None:
     def command(side: str) -> list:
         options = ["--model", arguments.model, "--steps", str(arguments.steps), "--side", side]
         options += ["--batch-size", str(arguments.batch_size), "--passes", str(arguments.passes)]
-        options += ["--folder", folder]
+        options += ["--seed", str(arguments.seed), "--folder", folder]
         return [sys.executable, "-m", "tests.bench.sft_vs_mlx_lm", *options]
 
     figures = alternate(SIDES, command)
@@ -198,6 +202,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="default 200")
     parser.add_argument("--batch-size", type=int, default=4, help="default 4")
     parser.add_argument("--passes", type=int, default=1, help="ours: forward passes a step, 1")
+    parser.add_argument("--seed", type=int, default=42, help="of both: order, initial LoRA (42)")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

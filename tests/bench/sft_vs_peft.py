@@ -74,8 +74,8 @@ def train_ours(folder: Path, architecture: str) -> dict:
     for batch in batches.micro_batches(steps[0]):
         _, part = nn.value_and_grad(model, completion_loss)(model, *batch)
         for name, gradient in tree_flatten(part):
-            # The trainer divides by the number of micro-batches.
-            gradients[name] = gradients.get(name, 0) + gradient / ACCUMULATION
+            # The trainer divides by the number of batches.
+            gradients[name] = gradients.get(name, 0) + gradient / batches.accumulation
     optimizer = AdamW(config.training, STEPS)
     optimizer.init(model.trainable_parameters())
     result = {"loss": [], "norm": [], "gradients": {k: np.array(v) for k, v in gradients.items()}}
@@ -93,9 +93,9 @@ def train_ours(folder: Path, architecture: str) -> dict:
         rows,
         args=trainer.TrainingArgs(
             batch_size=BATCH,
-            iters=STEPS * ACCUMULATION,
-            steps_per_report=ACCUMULATION,
-            grad_accumulation_steps=ACCUMULATION,
+            iters=STEPS * batches.accumulation,
+            steps_per_report=batches.accumulation,
+            grad_accumulation_steps=batches.accumulation,
             adapter_file=folder / "adapters.safetensors",
         ),
         loss=completion_loss,
