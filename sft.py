@@ -8,6 +8,7 @@ row once an epoch; and a callback that validates, logs, saves and stops.
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import mlx.core as mx
 import numpy as np
@@ -121,9 +122,9 @@ def validate(model, rows: Sequence[Row], batch_size: int) -> tuple[float, float]
 class Batches:
     """Every row once an epoch, in an order that depends on the seed and the epoch alone.
 
-    Rows of like length share an optimiser step's neighbourhood, and a micro-batch within the step.
-    The last step of an epoch takes what is left. All ranks have the same steps, and each has every
-    `ranks`-th micro-batch of a step.
+    Rows of like length share a micro-batch, for little padding; a step has micro-batches of all
+    lengths, or tokens of short rows would weigh more than those of long ones. One step of an epoch
+    takes what is left. All ranks have the same steps, and each has every `ranks`-th micro-batch.
 
     An empty batch opens each step and another closes it. The trainer compiles its step apart for the
     first batch (there is no gradient to add to) and for the last (the optimiser's update is in it):
@@ -140,6 +141,7 @@ class Batches:
         ranks: int = 1,
     ):
         self.rows, self.seed, self.rank, self.ranks = rows, seed, rank, ranks
+        self.batch_size = batch_size
         self.effective = batch_size * accumulation
         self.passes = -(-accumulation // ranks)  # this rank's micro-batches a step
         self.accumulation = self.passes + 2  # with the empty batches: what the trainer takes
@@ -151,11 +153,15 @@ class Batches:
         rng = random.Random(f"{self.seed}:{epoch}")
         order = list(self.rows)
         rng.shuffle(order)
+        left = len(order) % self.effective
+        steps = [order[:left]] if left else []
         window = max(self.effective, 64 // self.effective * self.effective)
-        steps = []
-        for first in range(0, len(order), window):
+        for first in range(left, len(order), window):
             near = sorted(order[first : first + window], key=lambda row: len(row.ids))
-            steps += [near[i : i + self.effective] for i in range(0, len(near), self.effective)]
+            alike = [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
+            count = len(near) // self.effective  # steps in this window
+            strata = [rng.sample(alike[i : i + count], count) for i in range(0, len(alike), count)]
+            steps += [list(chain(*parts)) for parts in zip(*strata, strict=True)]
         rng.shuffle(steps)
         return steps
 

@@ -267,6 +267,16 @@ def test_rows_of_a_micro_batch_are_of_like_length():
     assert used / padded > 0.8  # 0.65 in random order
 
 
+def test_a_step_has_rows_of_all_lengths():
+    """Else short rows' tokens would weigh more, a step's loss being a mean of its own."""
+    rng = np.random.default_rng(0)
+    rows = [Row([1] * n, 2, "") for n in rng.integers(20, 200, 256).tolist()]
+    totals = [
+        sum(len(row.ids) for row in step) for step in Batches(rows, 4, 4, seed=0).step_rows(0)
+    ]
+    assert max(totals) < 1.4 * min(totals)  # 1.5 in random order, 6 with rows of like length
+
+
 def test_a_run_that_starts_at_a_later_step_sees_the_same_batches():
     rows = [Row([1, 2, 3 + i, END], 2, f"row {i}") for i in range(10)]
     batches = Batches(rows, batch_size=2, accumulation=2, seed=5)  # 3 steps an epoch
