@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import tiny
+from ports import free_ports
 
 import distributed
 
@@ -70,21 +70,6 @@ def macs(alone, tmp_path) -> list[Path]:
     for folder in folders:
         shutil.copytree(alone / "outputs" / "sft", folder / "outputs" / "sft")
     return folders
-
-
-def free_ports(count: int) -> int:
-    """The first of `count` free ports in a row."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            first = probe.getsockname()[1]
-        try:
-            for port in range(first, first + count):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError):
-            continue
-        return first
 
 
 def start(
