@@ -17,9 +17,9 @@ import time
 from functools import partial
 from pathlib import Path
 
-import cli
-from prompt import IM_END, IM_START, user_message
-from qmd import SAMPLING
+from expander import cli
+from expander.prompt import IM_END, IM_START, user_message
+from expander.qmd import SAMPLING
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # q4_k_m is the type QMD's own model comes in, half the size of q8_0, which keeps more.
@@ -151,11 +151,11 @@ PARAMETER num_ctx 4096
 
 def write_gguf_files(chain, arguments: argparse.Namespace, name: str) -> list[Path]:
     """One GGUF file a type, each checked before it takes its name."""
-    import gguf_file
-    from checkpoint import atomic_write
-    from model import load_tokenizer, model_config
-    from vocabulary import check_vocabulary, read_vocabulary
-    from weights import FusedWeights
+    from expander.convert import gguf_file
+    from expander.convert.gguf_tokenizer import check_vocabulary, read_vocabulary
+    from expander.convert.weights import FusedWeights
+    from expander.files import atomic_write
+    from expander.model import load_tokenizer, model_config
 
     config = model_config(chain.path)
     vocabulary = read_vocabulary(chain.path, config["vocab_size"])
@@ -198,7 +198,7 @@ def prepare_publication(chain, arguments: argparse.Namespace, name: str):
     Raises:
         ValueError: it is refused.
     """
-    import publish
+    from expander.convert import publish
 
     repo = publish.target(arguments.push, chain, name)
     if repo is None:
@@ -239,8 +239,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda signum, frame: sys.exit(128 + signum))
     import mlx.core as mx
 
-    from checkpoint import write_text
-    from model import read_chain, trained_model
+    from expander.files import write_text
+    from expander.model import read_chain, trained_model
 
     mx.set_cache_limit(0)  # freed tensors go back to the system
     chain = read_chain(arguments.model or trained_model())
@@ -248,7 +248,7 @@ def main() -> None:
     name = (arguments.name or default_name(chain.base)).lower()
     publication = prepare_publication(chain, arguments, name) if arguments.quantize else None
     if arguments.mlx or arguments.peft:
-        from formats import write_mlx, write_peft
+        from expander.convert.formats import write_mlx, write_peft
 
         if arguments.mlx:
             write_mlx(chain, arguments.mlx)
@@ -264,7 +264,7 @@ def main() -> None:
     if arguments.ollama:
         run_ollama(arguments.ollama, path)
     if publication:
-        from publish import upload
+        from expander.convert.publish import upload
 
         upload(publication, paths, path)
     show_next(arguments.ollama or name, paths[0], path)

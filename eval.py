@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import cli
+from expander import cli
 
 GREEDY_MAX_TOKENS = 200
 
@@ -78,9 +78,9 @@ def score_outputs(path: Path) -> list[dict]:
     Raises:
         ValueError: no row, or the first broken one as "path:line: reason".
     """
-    from dataset.schema import file_rows
-    from prompt import render_lines
-    from report import measure, result_of
+    from expander.eval.report import measure, result_of
+    from expander.prompt import render_lines
+    from expander.rows import file_rows
 
     samples: dict[str, list[dict]] = {}
     categories: dict[str, str | None] = {}
@@ -103,7 +103,8 @@ def score_outputs(path: Path) -> list[dict]:
 
 def read_golden(path: Path) -> dict:
     """The reference expansions by `normal_query`, as `Example`s; any row format will do."""
-    from dataset.schema import load_rows, normal_query
+    from expander.queries import normal_query
+    from expander.rows import load_rows
 
     if not path.is_file():
         raise ValueError(f"--golden {path}: there is no such file")
@@ -112,7 +113,7 @@ def read_golden(path: Path) -> dict:
 
 def choose_queries(args: argparse.Namespace, golden: dict) -> Queries:
     """What the arguments ask for: one query, a file of them, those of the golden file, or ours."""
-    from dataset.schema import EVALUATION_QUERIES, read_queries
+    from expander.queries import EVALUATION_QUERIES, read_queries
 
     if args.query is not None:
         queries: Queries = [(args.query, None)]
@@ -127,7 +128,7 @@ def decode_settings(args: argparse.Namespace) -> dict:
     """What decides the text besides the model; --compare warns where two runs differ in it."""
     from dataclasses import asdict
 
-    from qmd import SAMPLING
+    from expander.qmd import SAMPLING
 
     settings = {
         "mode": args.decode,
@@ -148,8 +149,8 @@ def encode_prompts(queries: Queries, tokenizer, config: dict, settings: dict) ->
     Raises:
         ValueError: one is too long for the model's context.
     """
-    from prompt import render_prompt
-    from qmd import QMD_SYSTEM_PROMPT
+    from expander.prompt import render_prompt
+    from expander.qmd import QMD_SYSTEM_PROMPT
 
     system = QMD_SYSTEM_PROMPT if settings["qmd_system_prompt"] else None
     context, limit = config.get("max_position_embeddings"), settings["max_new_tokens"]
@@ -167,15 +168,15 @@ def encode_prompts(queries: Queries, tokenizer, config: dict, settings: dict) ->
 
 def expand(chain, queries: Queries, settings: dict, batch_size: int, seed: int):
     """Decode every query: (results, speed)."""
-    import model as models
-    from decode import Sampler, generate, length_groups, random_keys
-    from report import measure, result_of
+    from expander import model as models
+    from expander.decode import Sampler, generate, length_groups, random_keys
+    from expander.eval.report import measure, result_of
 
     model, tokenizer = models.load_chain(chain, fuse_last=True)
     end, config = models.end_token(tokenizer), models.model_config(chain.path)
     prompts = encode_prompts(queries, tokenizer, config, settings)
     if settings["mode"] == "qmd":
-        from grammar import QmdSampler, token_table
+        from expander.eval.grammar import QmdSampler, token_table
 
         grammar = token_table(tokenizer, config["vocab_size"], end)
 
@@ -229,7 +230,7 @@ def expand(chain, queries: Queries, settings: dict, batch_size: int, seed: int):
 
 def find_leaks(chain, results: list[dict]) -> dict:
     """Mark and name the queries that an adapter of the chain was trained on."""
-    from dataset.schema import query_digest, read_query_digests
+    from expander.queries import query_digest, read_query_digests
 
     leaks = {"checked": [], "unknown": [], "queries": []}
     trained_on: set[str] = set()
@@ -252,7 +253,7 @@ def check_output(path: Path) -> None:
 
 
 def print_results(args: argparse.Namespace, record: dict) -> None:
-    import report
+    from expander.eval import report
 
     if args.verbose or args.query is not None:
         for result in record["results"]:
@@ -275,9 +276,9 @@ def print_results(args: argparse.Namespace, record: dict) -> None:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    from comparison import SCHEMA
-    from dataset.schema import normal_query
-    from report import compare_golden, summarize
+    from expander.eval.comparison import SCHEMA
+    from expander.eval.report import compare_golden, summarize
+    from expander.queries import normal_query
 
     if args.output:
         check_output(args.output)
@@ -292,7 +293,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.golden and not any(wanted.values()):
         raise ValueError(f"--golden {args.golden}: none of the evaluated queries is in it")
     if not args.score_only:
-        import model as models
+        from expander import model as models
 
         chain = models.read_chain(args.model or models.trained_model())
         settings = decode_settings(args)
@@ -314,7 +315,7 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     print_results(args, record)
     if args.output:
-        from checkpoint import write_json
+        from expander.files import write_json
 
         if chain:
             record["model"]["weights_sha256"] = chain.base_hashes()
@@ -331,7 +332,7 @@ def main() -> int:
     args = parse_arguments()
     if not args.compare:
         return evaluate(args)
-    from comparison import compare, format_comparison, read_results
+    from expander.eval.comparison import compare, format_comparison, read_results
 
     records = tuple(map(read_results, args.compare))
     result = compare(*records, args.seed)

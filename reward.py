@@ -398,7 +398,7 @@ def text_of(value: str | list[dict]) -> str:
 def query_of_prompt(prompt: str | list[dict]) -> str:
     """The query in a rendered prompt, in chat messages, or in a prompt that is the query itself."""
     # Scoring needs this file alone; only reading a prompt needs to know how prompts are written.
-    from prompt import IM_END, IM_START, query_of
+    from expander.prompt import IM_END, IM_START, query_of
 
     turn = text_of(prompt).rpartition(f"{IM_START}user\n")[2].partition(IM_END)[0].strip()
     query = query_of(turn)

@@ -12,10 +12,10 @@ import random
 import time
 from pathlib import Path
 
-import cli
-from config import Config, load_config
-from inputs import dry_run, encode_prompts, read_rows, sft_folder
-from tracking import check_installed
+from expander import cli
+from expander.config import Config, load_config
+from expander.train.inputs import dry_run, encode_prompts, read_rows, sft_folder
+from expander.train.tracking import check_installed
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,12 +56,12 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     from mlx_lm.tuner import trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
 
-    import distributed
-    import model as models
-    from dataset.schema import write_query_digests
-    from memory import cache_limit
-    from run import Run, check_output
-    from sft import Batches, completion_loss, tokenize, validate
+    from expander import model as models
+    from expander.queries import write_query_digests
+    from expander.train import distributed
+    from expander.train.memory import cache_limit
+    from expander.train.run import Run, check_output
+    from expander.train.sft import Batches, completion_loss, tokenize, validate
 
     training = config.training
     check_output(config)
@@ -211,25 +211,23 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     import mlx.nn as nn
     from mlx.utils import tree_map
 
-    import distributed
-    import model as models
-    from dataset.schema import write_query_digests
-    from decode import random_keys
-    from grpo import group_advantages, grpo_loss
-    from rollout import (
+    from expander import model as models
+    from expander.decode import random_keys
+    from expander.queries import write_query_digests
+    from expander.train import distributed
+    from expander.train.logps import completion_logps, remember_logps, stack
+    from expander.train.loss import group_advantages, grpo_loss
+    from expander.train.rollout import (
         active_tokens,
         batch_share,
-        completion_logps,
         exchange,
         group_metrics,
         micro_batches,
-        remember_logps,
         roll_out,
         score_greedily,
         set_rewards,
-        stack,
     )
-    from run import Run, check_output
+    from expander.train.run import Run, check_output
 
     training, settings = config.training, config.grpo
     group, temperature = settings.num_generations, config.generation.temperature
@@ -439,7 +437,7 @@ def main() -> None:
     if arguments.dry_run:
         dry_run(arguments.stage, config)
         return
-    import distributed
+    from expander.train import distributed
 
     train = train_sft if arguments.stage == "sft" else train_grpo
     with distributed.joined():

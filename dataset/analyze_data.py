@@ -8,20 +8,21 @@ rules overlap, and those on wording know English only. A language is the row's l
 script. What a row is worth by the rubric, score_data.py says.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
-import cli
-from dataset.nearness import SLOT, WORD, near_duplicates, template_of
-from dataset.schema import DATA, ONLY_SUFFIX, Example, base_query, normal_query, read_files
-from prompt import TYPES, render_lines
+from expander import cli
+from expander.nearness import SLOT, WORD, near_duplicates, template_of
+from expander.prompt import TYPES, render_lines
+from expander.queries import ONLY_SUFFIX, base_query, normal_query
+from expander.rows import DATA, Example, read_files
 from reward import extract_named_entities, only_mode
 
 NGRAM = 4  # words
@@ -73,7 +74,7 @@ def query_of(example: Example) -> str:
 
 def language_of(example: Example) -> str:
     """The row's label; without one, the script of its query's letters."""
-    from report import script_counts
+    from expander.eval.report import script_counts
 
     scripts = script_counts(only_mode(example.query)[0]).most_common(1)
     return example.language or f"unlabelled, {scripts[0][0] if scripts else 'no letters'}"
@@ -87,7 +88,7 @@ def answers_in_english(example: Example) -> bool:
 
 def in_other_language(example: Example) -> bool:
     """Whether the answer is not in the query's script, or in English where the label is not."""
-    from report import in_wrong_language
+    from expander.eval.report import in_wrong_language
 
     foreign = example.language not in (None, "en")
     text = render_lines(example.lines)
@@ -134,7 +135,7 @@ def counted(name: str, count: int, total: int) -> tuple[str, str, str]:
 
 
 def print_lengths(examples: Sequence[Example]) -> None:
-    from report import table
+    from expander.eval.report import table
 
     rows = [("length", "count", "least", "5 %", "median", "95 %", "most")]
     rows.append(lengths("query, words", (len(query_of(e).split()) for e in examples)))
@@ -155,7 +156,7 @@ def print_lengths(examples: Sequence[Example]) -> None:
 
 
 def print_categories(examples: Sequence[Example]) -> None:
-    from report import printable, table
+    from expander.eval.report import printable, table
 
     labels = Counter(e.category or "none" for e in examples)
     rules = {name: sum(rule(query_of(e)) for e in examples) for name, rule in RULES.items()}
@@ -171,7 +172,7 @@ def print_categories(examples: Sequence[Example]) -> None:
 
 
 def print_languages(examples: Sequence[Example]) -> None:
-    from report import printable, table
+    from expander.eval.report import printable, table
 
     found = Counter(map(language_of, examples))
     rows = [("language", "rows", "share")]
@@ -186,7 +187,7 @@ def print_languages(examples: Sequence[Example]) -> None:
 
 
 def print_found(what: str, lines: Iterable[str]) -> None:
-    from report import printable
+    from expander.eval.report import printable
 
     print(what, *(f"  {printable(line)}" for line in lines), sep="\n")
 

@@ -11,10 +11,10 @@ A row that no rule can mend, such as one whose only lex line is the query, stays
 named. A changed row is written in the canonical format, any other as it was.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import re
@@ -23,19 +23,12 @@ from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
 
-import cli
-from checkpoint import write_rows
-from dataset.schema import (
-    DATA,
-    Example,
-    file_rows,
-    find_files,
-    normal_query,
-    parse_row,
-    read_files,
-)
-from prompt import TYPES, render_lines
-from qmd import kept_lines
+from expander import cli
+from expander.files import write_rows
+from expander.prompt import TYPES, render_lines
+from expander.qmd import kept_lines
+from expander.queries import normal_query
+from expander.rows import DATA, Example, file_rows, find_files, parse_row, read_files
 from reward import (
     FILLERS,
     echoes,
@@ -196,7 +189,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def print_diff(before: Sequence[Line], after: Sequence[Line]) -> None:
-    from report import printable
+    from expander.eval.report import printable
 
     for mark, lines, others in (("-", before, after), ("+", after, before)):
         for line in lines:
@@ -206,7 +199,7 @@ def print_diff(before: Sequence[Line], after: Sequence[Line]) -> None:
 
 def main() -> int:
     args = parse_arguments()
-    from report import printable
+    from expander.eval.report import printable
 
     read_files(args.data)  # a broken row ends it here, before anything is written
     mended, unmended, seen = Counter(), Counter(), set()

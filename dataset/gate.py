@@ -3,10 +3,11 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
-from dataset.nearness import near_copies
-from dataset.schema import EVALUATION_QUERIES, Example, base_query, parse_row, read_queries
-from prompt import render_lines
-from qmd import kept_lines
+from expander.nearness import near_copies
+from expander.prompt import render_lines
+from expander.qmd import kept_lines
+from expander.queries import EVALUATION_QUERIES, base_query, read_queries
+from expander.rows import Example, parse_row
 from reward import score_expansion_detailed
 
 LEAST = 80  # percent of the rubric from which a row is worth training on

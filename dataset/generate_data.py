@@ -13,10 +13,10 @@ answer and the reason, and OUTPUT.topics the queries that topics gave. Rejected 
 again: delete OUTPUT.rejects for that.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import asyncio
@@ -31,7 +31,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import cli
 from dataset.endpoint import (
     Endpoint,
     NoReply,
@@ -42,14 +41,9 @@ from dataset.endpoint import (
 )
 from dataset.gate import LEAST, evaluation_copies, judge
 from dataset.journal import append, heal, recorded
-from dataset.schema import (
-    SURROGATE,
-    canonical_row,
-    file_rows,
-    normal_query,
-    parse_row,
-    read_queries,
-)
+from expander import cli
+from expander.queries import normal_query, read_queries
+from expander.rows import SURROGATE, canonical_row, file_rows, parse_row
 
 MLX_SERVER = "http://localhost:8080/v1"
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}

@@ -12,25 +12,22 @@ out every time. Left out: any understanding of the passage; read what you train 
 A column inside another is named with a dot (answers.text). The licence of a data set is yours to check.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import random
 from collections import Counter
 from collections.abc import Iterator
 
-import cli
-from checkpoint import write_rows
 from dataset.gate import LEAST, Verdict, evaluation_copies
 from dataset.rules import make_row
-from dataset.schema import (
-    canonical_row,
-    named_rows,
-    normal_query,
-)
+from expander import cli
+from expander.files import write_rows
+from expander.queries import normal_query
+from expander.rows import canonical_row, named_rows
 
 # Tried in this order when no column is named.
 QUESTION = ("question", "query", "title")

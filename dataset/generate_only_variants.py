@@ -8,21 +8,22 @@ new ones, is not made again, and none is made that scores under 80: so a hyde ro
 that names something.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import random
 from collections import Counter
 from collections.abc import Sequence
 
-import cli
-from checkpoint import write_rows
 from dataset.gate import LEAST
-from dataset.schema import DATA, Example, base_query, canonical_row, read_files
-from prompt import TYPES, render_lines
+from expander import cli
+from expander.files import write_rows
+from expander.prompt import TYPES, render_lines
+from expander.queries import base_query
+from expander.rows import DATA, Example, canonical_row, read_files
 from reward import score_expansion_detailed
 
 

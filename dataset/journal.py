@@ -5,7 +5,8 @@ import os
 import sys
 from pathlib import Path
 
-from dataset.schema import file_rows, normal_query
+from expander.queries import normal_query
+from expander.rows import file_rows
 
 
 def append(path: Path, row: dict) -> None:

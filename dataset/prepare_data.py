@@ -9,29 +9,22 @@ made from is the same. Each row has `messages`, and `text`: the conversation as 
 Left out and named in card.json: rows whose query is in evals/queries.txt, or nearly.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import cli
-from checkpoint import digest, write_json, write_rows
-from dataset.nearness import near_copies
-from dataset.schema import (
-    DATA,
-    EVALUATION_QUERIES,
-    Example,
-    Rows,
-    labels,
-    load_rows,
-    read_queries,
-)
-from prompt import render_lines, render_prompt, render_target, user_message
+from expander import cli
+from expander.files import digest, write_json, write_rows
+from expander.nearness import near_copies
+from expander.prompt import render_lines, render_prompt, render_target, user_message
+from expander.queries import EVALUATION_QUERIES, read_queries
+from expander.rows import DATA, Example, Rows, labels, load_rows
 
 SPLITS = ("train", "val")
 

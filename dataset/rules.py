@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from zlib import crc32
 
 from dataset.gate import Verdict, judge
-from prompt import render_lines
+from expander.prompt import render_lines
 from reward import (
     KEY_STOP_WORDS,
     STOP_WORDS,

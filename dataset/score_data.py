@@ -7,21 +7,22 @@ A file's mean and least percentage, its rows under 80, the lines that QMD would 
 of all rows, and the worst rows with what each lost points for.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 from collections import Counter
 from collections.abc import Iterable
 from heapq import nsmallest
 
-import cli
 from dataset.gate import LEAST
-from dataset.schema import DATA, Example, base_query, read_files
-from prompt import render_lines
-from qmd import kept_lines
+from expander import cli
+from expander.prompt import render_lines
+from expander.qmd import kept_lines
+from expander.queries import base_query
+from expander.rows import DATA, Example, read_files
 from reward import score_expansion_detailed
 
 BIN = 5
@@ -56,7 +57,7 @@ def main() -> None:
     add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
     add("--worst", type=int, default=5, metavar="N", help="rows shown in full (default: 5)")
     args = parser.parse_args()
-    from report import format_sample, measure, printable, table
+    from expander.eval.report import format_sample, measure, printable, table
 
     examples = read_files(args.data)
     scores = [score(example) for example in examples]

@@ -7,16 +7,16 @@ Every format that train.py reads is valid. A row is bad when it cannot be read, 
 fails the format that its query asks for. How good a valid row is, score_data.py says.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 
-import cli
-from dataset.schema import DATA, DataError, file_rows, find_files, parse_row
-from prompt import render_lines
+from expander import cli
+from expander.prompt import render_lines
+from expander.rows import DATA, DataError, file_rows, find_files, parse_row
 from reward import score_expansion_detailed
 
 

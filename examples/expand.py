@@ -6,14 +6,14 @@ Prints the lines that QMD would search with. Decoding is greedy; eval.py's --dec
 QMD's sampling and grammar are had.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 
-import cli
+from expander import cli
 
 
 def main() -> None:
@@ -22,10 +22,10 @@ def main() -> None:
     parser.add_argument("--model", help="adapter folder, model folder or Hub id")
     arguments = parser.parse_args()
 
-    from decode import generate
-    from model import end_token, load_chain, read_chain, trained_model
-    from prompt import render_prompt
-    from qmd import kept_lines
+    from expander.decode import generate
+    from expander.model import end_token, load_chain, read_chain, trained_model
+    from expander.prompt import render_prompt
+    from expander.qmd import kept_lines
 
     model, tokenizer = load_chain(read_chain(arguments.model or trained_model()), fuse_last=True)
     end = end_token(tokenizer)

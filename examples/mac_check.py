@@ -14,8 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import cli
-from report import table
+from expander import cli
+from expander.eval.report import table
 
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B")
 STEPS = {"sft": 6, "grpo": 3}
@@ -79,8 +79,8 @@ def measure(models: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
 def machine() -> list[str]:
     import mlx.core as mx
 
-    from memory import installed
-    from model import compute_dtype
+    from expander.model import compute_dtype
+    from expander.train.memory import installed
 
     system = f"macOS {platform.mac_ver()[0]}" if sys.platform == "darwin" else platform.platform()
     packages = ("mlx", "mlx-lm")

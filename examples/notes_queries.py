@@ -10,10 +10,10 @@ for `eval.py --golden`: it holds no lex and no vec line, so do not train SFT on 
 leaves this machine, but queries and passages stand in the file: treat it as you treat your notes.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import re
@@ -21,9 +21,9 @@ import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
-import cli
-from checkpoint import write_rows
-from dataset.schema import normal_query
+from expander import cli
+from expander.files import write_rows
+from expander.queries import normal_query
 
 PASSAGE = 200  # characters, about what reward.py wants of a hyde line
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)

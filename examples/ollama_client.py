@@ -6,19 +6,19 @@
 The message is the prompt's user turn; the frame around it and the sampling are in the Modelfile.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import json
 import urllib.error
 import urllib.request
 
-import cli
-from prompt import user_message
-from qmd import kept_lines
+from expander import cli
+from expander.prompt import user_message
+from expander.qmd import kept_lines
 
 
 def chat(host: str, model: str, message: str) -> str:

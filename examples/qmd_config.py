@@ -6,10 +6,10 @@
 Only the text of models.generate is changed: comments and the rest of the file stay as they are.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import difflib
@@ -21,8 +21,8 @@ from pathlib import Path
 
 import yaml
 
-import cli
-from checkpoint import write_text
+from expander import cli
+from expander.files import write_text
 
 
 def config_path() -> Path:

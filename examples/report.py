@@ -7,10 +7,10 @@ Writes report.html, which needs no other file and no network, and its plots as P
 results are those of eval.py -o. Left out: the curves of several runs in one plot.
 """
 
-if not __package__:  # run as a file: start again as a module, which can import the project
-    from entry import restart_as_module
+import sys
+from pathlib import Path
 
-    restart_as_module(__file__)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
 
 import argparse
 import base64
@@ -25,11 +25,11 @@ from textwrap import dedent
 
 import yaml
 
-import cli
-from checkpoint import atomic_write, digest, write_text
-from comparison import compare, format_difference, read_results, side_by_side
-from dataset.schema import file_rows
-from report import format_sample, printable
+from expander import cli
+from expander.eval.comparison import compare, format_difference, read_results, side_by_side
+from expander.eval.report import format_sample, printable
+from expander.files import atomic_write, digest, write_text
+from expander.rows import file_rows
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ADAPTER, METRICS = "adapters.safetensors", "metrics.jsonl"

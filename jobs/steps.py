@@ -11,7 +11,7 @@ import argparse
 import subprocess
 import sys
 
-import cli
+from expander import cli
 
 ADAPTERS = "outputs/published/adapters"
 

@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 from safetensors.numpy import load_file
 
-import model as models
-from config import PROJECTIONS
+from expander import model as models
+from expander.config import PROJECTIONS
 
 
 def make_adapter(

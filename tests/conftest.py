@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from prompt import render_lines, render_prompt, render_target, user_message
+from expander.prompt import render_lines, render_prompt, render_target, user_message
 
 ROOT = Path(__file__).parent.parent
 MODEL_ID = "Qwen/Qwen3-1.7B"

@@ -12,8 +12,8 @@ from dataset.analyze_data import (
     query_of,
     templates,
 )
-from dataset.nearness import template_of
-from dataset.schema import Example
+from expander.nearness import template_of
+from expander.rows import Example
 
 
 def example(query: str, *lines: tuple[str, str], **labels) -> Example:

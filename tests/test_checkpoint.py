@@ -10,8 +10,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-import checkpoint
-from checkpoint import Checkpoints, atomic_write, save_arrays, write_json, write_text
+from expander import files
+from expander.files import atomic_write, save_arrays, write_json, write_text
+from expander.train import checkpoint
+from expander.train.checkpoint import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 
@@ -72,7 +74,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(moment, tmp_path, m
 
 def test_the_data_reach_the_disk_before_the_name_does(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(checkpoint, "_fsync", lambda path: order.append(path.name))
+    monkeypatch.setattr(files, "fsync", lambda path: order.append(path.name))
     replace = Path.replace
     monkeypatch.setattr(Path, "replace", lambda a, b: order.append("replace") or replace(a, b))
     write_text(tmp_path / "a.txt", "x")
@@ -86,7 +88,9 @@ import resource
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 from pathlib import Path
 import mlx.core as mx
-from checkpoint import Checkpoints, save_arrays
+from expander.train import checkpoint
+from expander.train.checkpoint import Checkpoints
+from expander.files import save_arrays
 small, big = mx.zeros((8,)), mx.zeros((100_000,))
 folder = Path({str(tmp_path)!r})
 save_arrays(folder / "a.safetensors", {{"x": small}})

@@ -6,7 +6,7 @@ import pytest
 from test_schema import FORMATS, jsonl
 
 from dataset.clean_data import cut_at_sentence, mend, remaining
-from dataset.schema import Example, parse_row
+from expander.rows import Example, parse_row
 
 HYDE = "Set the provider and the signing key in config.yaml, then restart the server."
 LONG = f"{HYDE} {'More words follow here and there. ' * 6}".strip()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import cli
+from expander import cli
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +54,11 @@ def test_an_error_of_ours_keeps_its_traceback():
 def test_a_reader_that_stops_early_is_no_error():
     """train.py --dry-run | head -1"""
     process = subprocess.Popen(
-        [sys.executable, "-c", "import cli\ncli.run(lambda: print('y\\n' * 1_000_000))"],
+        [
+            sys.executable,
+            "-c",
+            "from expander import cli\ncli.run(lambda: print('y\\n' * 1_000_000))",
+        ],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

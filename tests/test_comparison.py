@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from comparison import SCHEMA, compare, format_comparison, read_results
-from report import measure
+from expander.eval.comparison import SCHEMA, compare, format_comparison, read_results
+from expander.eval.report import measure
 
 GREEDY = {"mode": "greedy", "max_new_tokens": 200}
 

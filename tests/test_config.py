@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from config import NO_EFFECT, PROJECTIONS, Config, ConfigError, load_config, to_yaml
+from expander.config import NO_EFFECT, PROJECTIONS, Config, ConfigError, load_config, to_yaml
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

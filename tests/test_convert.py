@@ -20,16 +20,13 @@ from gguf import GGMLQuantizationType as Kind
 from safetensors.numpy import load_file, save_file
 
 import convert
-import formats
-import gguf_file
-import kquants
-import model as models
-import weights
 from examples import get_smollm2
-from model import read_chain
-from prompt import render_prompt, user_message
-from qmd import SAMPLING
-from vocabulary import CHAT_TEMPLATE, PROBES, check_vocabulary, read_vocabulary
+from expander import model as models
+from expander.convert import formats, gguf_file, kquants, weights
+from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, PROBES, check_vocabulary, read_vocabulary
+from expander.model import read_chain
+from expander.prompt import render_prompt, user_message
+from expander.qmd import SAMPLING
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
 TOKENS = mx.array([[5, 300, 17, 44, 260, 9, 301, 2]])
@@ -583,7 +580,7 @@ def test_an_output_that_is_a_file(chain, run, tmp_path):
 def test_stopped_in_the_middle(tiny_qwen3, tmp_path):
     """SIGTERM while a file is written leaves nothing."""
     source = (
-        "import sys, os, signal, convert, gguf_file\n"
+        "import sys, os, signal, convert\nfrom expander.convert import gguf_file\n"
         "write = gguf_file._write_tensor\n"
         "def stop(*arguments):\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -7,9 +7,10 @@ import pytest
 
 from dataset.analyze_data import in_other_language
 from dataset.clean_data import mend, remaining
-from dataset.nearness import near_duplicates
-from dataset.schema import base_query, normal_query, read_files
 from dataset.score_data import score
+from expander.nearness import near_duplicates
+from expander.queries import base_query, normal_query
+from expander.rows import read_files
 
 ROOT = Path(__file__).parents[1]
 DATA = str(ROOT / "data" / "*.jsonl")

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(
     path.stem
     for path in (ROOT / "dataset").glob("*.py")
-    if "restart_as_module(__file__)" in path.read_text(encoding="utf-8")
+    if "cli.run(main)" in path.read_text(encoding="utf-8")
 )
 READERS = [
     "validate_schema",

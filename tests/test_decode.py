@@ -3,9 +3,9 @@
 import mlx.core as mx
 import pytest
 
-import model as models
-from decode import Completion, Sampler, TemperatureSampler, generate, random_keys
-from prompt import render_prompt
+from expander import model as models
+from expander.decode import Completion, Sampler, TemperatureSampler, generate, random_keys
+from expander.prompt import render_prompt
 
 QUERIES = ["tls", "rotate nginx logs", "sourdough starter smells like acetone", "Lisbon tram 28"]
 LIMIT = 24

@@ -15,7 +15,7 @@ import pytest
 import tiny
 from ports import free_ports
 
-import distributed
+from expander.train import distributed
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
@@ -267,7 +267,7 @@ def exchange_with_others() -> None:
     """What each of three ranks does in the test below."""
     import mlx.core as mx
 
-    import distributed as d
+    from expander.train import distributed as d
 
     with d.joined():
         rank = d.rank()

@@ -13,9 +13,9 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-import model as models
-from dataset.schema import query_digest, read_query_digests, write_query_digests
-from report import measure
+from expander import model as models
+from expander.eval.report import measure
+from expander.queries import query_digest, read_query_digests, write_query_digests
 
 ROOT = Path(__file__).parent.parent
 SHORT = ("--max-new-tokens", "16")

@@ -17,7 +17,7 @@ from chains import make_chain
 
 from examples.notes_queries import headings, rows
 from examples.qmd_config import set_generate
-from prompt import user_message
+from expander.prompt import user_message
 
 ROOT = Path(__file__).parent.parent
 TOUR = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")

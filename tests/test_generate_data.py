@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from fake_endpoint import Act, Behave, ChatEndpoint
 
-import cli
 from dataset import endpoint, generate_data
 from dataset.endpoint import NoReply, Reply
 from dataset.journal import append, heal
-from dataset.schema import load_rows
+from expander import cli
+from expander.rows import load_rows
 
 ROOT = Path(__file__).parent.parent
 KEY = "sk-loopback-0123456789"

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-import cli
 from dataset import generate_data_offline
 from dataset.rules import facts, lex_lines, make_row, new_terms, paraphrase, sentences
-from dataset.schema import load_rows
-from prompt import render_lines
-from qmd import kept_lines
+from expander import cli
+from expander.prompt import render_lines
+from expander.qmd import kept_lines
+from expander.rows import load_rows
 from reward import score_expansion_detailed
 
 RADIUM = (

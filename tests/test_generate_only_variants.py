@@ -6,7 +6,7 @@ import pytest
 from test_schema import jsonl
 
 from dataset.generate_only_variants import make_variants
-from dataset.schema import parse_row
+from expander.rows import parse_row
 from reward import only_mode, score_expansion_detailed
 
 LINES = [

@@ -8,11 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-import model as models
-from decode import generate, random_keys
-from grammar import START, QmdSampler, best_tokens, token_table
-from prompt import render_prompt
-from qmd import Sampling
+from expander import model as models
+from expander.decode import generate, random_keys
+from expander.eval.grammar import START, QmdSampler, best_tokens, token_table
+from expander.prompt import render_prompt
+from expander.qmd import Sampling
 
 # QMD's grammar, written down a second time.
 LINE = r"(?:lex|vec|hyde): [^\n]+\n"

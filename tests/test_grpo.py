@@ -9,19 +9,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-import grpo
-import model as models
-from decode import TemperatureSampler, generate, random_keys
-from rollout import (
-    Rollout,
-    active_tokens,
-    batch_share,
-    completion_logps,
-    micro_batches,
-    remember_logps,
-    roll_out,
-    stack,
-)
+from expander import model as models
+from expander.decode import TemperatureSampler, generate, random_keys
+from expander.train import logps as log_probabilities
+from expander.train import loss as grpo
+from expander.train.logps import completion_logps, remember_logps, stack
+from expander.train.rollout import Rollout, active_tokens, batch_share, micro_batches, roll_out
 
 
 def values(array) -> list:
@@ -216,12 +209,12 @@ def plain_logps(hidden, targets, head, temperature):
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("budget", [1, 50 * 10, 1 << 25])
 def test_token_logps_and_their_gradient(head_and_states, temperature, budget, monkeypatch):
-    monkeypatch.setattr(grpo, "LOGIT_BUDGET", budget)
+    monkeypatch.setattr(log_probabilities, "LOGIT_BUDGET", budget)
     head, hidden, targets = head_and_states
     cotangent = mx.random.normal((23,))
 
     def ours(h):
-        return (grpo.token_logps(h, targets, head, temperature)[0] * cotangent).sum()
+        return (log_probabilities.token_logps(h, targets, head, temperature)[0] * cotangent).sum()
 
     def plain(h):
         return (plain_logps(h, targets, head, temperature) * cotangent).sum()
@@ -232,7 +225,7 @@ def test_token_logps_and_their_gradient(head_and_states, temperature, budget, mo
     )
     assert value.item() == pytest.approx(expected.item(), rel=1e-5)
     np.testing.assert_allclose(np.array(gradient), np.array(slope), atol=1e-5)
-    bare = grpo.token_logps(hidden, targets, head, temperature, with_gradient=False)[0]
+    bare = log_probabilities.token_logps(hidden, targets, head, temperature, with_gradient=False)[0]
     np.testing.assert_allclose(
         np.array(bare), np.array(plain_logps(hidden, targets, head, temperature)), atol=1e-5
     )
@@ -240,7 +233,7 @@ def test_token_logps_and_their_gradient(head_and_states, temperature, budget, mo
 
 def test_token_entropy(head_and_states):
     head, hidden, targets = head_and_states
-    _, entropy = grpo.token_logps(hidden, targets, head, 1.0, with_entropy=True)
+    _, entropy = log_probabilities.token_logps(hidden, targets, head, 1.0, with_entropy=True)
     logps = head(hidden) - mx.logsumexp(head(hidden), axis=-1, keepdims=True)
     np.testing.assert_allclose(
         np.array(entropy), -np.array((mx.exp(logps) * logps).sum(axis=-1)), atol=1e-5
@@ -249,7 +242,7 @@ def test_token_entropy(head_and_states):
 
 def test_token_logps_of_an_improbable_token_stay_finite():
     logits = mx.array([[0.0, 200.0]])
-    logp, _ = grpo.token_logps(logits, mx.array([0]), lambda h: h)
+    logp, _ = log_probabilities.token_logps(logits, mx.array([0]), lambda h: h)
     assert logp.item() == pytest.approx(-200.0)
 
 

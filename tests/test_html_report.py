@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 
-from comparison import SCHEMA, compare
 from examples import report as page
-from report import measure, result_of
+from expander.eval.comparison import SCHEMA, compare
+from expander.eval.report import measure, result_of
 
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x">\x1b[31m&amp;'
 STEPS = [

@@ -47,7 +47,7 @@ def code(hub_root: Path, hub: dict[str, str]) -> str:
     folder.mkdir(parents=True)
     with tarfile.open(folder / "code.tar.gz", "w:gz") as archive:
         files = [path.name for path in ROOT.iterdir() if path.is_file()]
-        for name in ("configs", "dataset", "evals", "jobs", *files):
+        for name in ("configs", "dataset", "evals", "expander", "jobs", *files):
             archive.add(ROOT / name, f"project-0123456/{name}")
     return f"{hub['HF_ENDPOINT']}/tester/code/resolve/0123456/code.tar.gz"
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType, dequantize
 
-from kquants import CHUNK, quantize, tensor_type
+from expander.convert.kquants import CHUNK, quantize, tensor_type
 
 Q4_K, Q5_K, Q6_K = (GGMLQuantizationType[name] for name in ("Q4_K", "Q5_K", "Q6_K"))
 K_TYPES = (Q4_K, Q5_K, Q6_K)

@@ -18,12 +18,12 @@ from chains import make_chain
 from mlx.utils import tree_flatten
 
 import convert
-import model as models
-from checkpoint import save_arrays
-from model import read_chain
-from prompt import render_prompt, user_message
-from qmd import QMD_SYSTEM_PROMPT
-from vocabulary import PROBES
+from expander import model as models
+from expander.convert.gguf_tokenizer import PROBES
+from expander.files import save_arrays
+from expander.model import read_chain
+from expander.prompt import render_prompt, user_message
+from expander.qmd import QMD_SYSTEM_PROMPT
 
 HERE = Path(__file__).parent
 QUERIES = ("auth config", "flights to Lisbon in May", "日本語 search")

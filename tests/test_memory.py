@@ -5,10 +5,18 @@ import pytest
 from mlx.utils import tree_flatten
 from tiny import make_llama, make_qwen3
 
-import memory
-from config import Config, load_config
-from memory import Estimate, Shape, cache_limit, estimate, preflight, recommended, savings
-from model import adapter_weights, add_lora, load_base, lora_config, read_chain
+from expander.config import Config, load_config
+from expander.model import adapter_weights, add_lora, load_base, lora_config, read_chain
+from expander.train import memory
+from expander.train.memory import (
+    Estimate,
+    Shape,
+    cache_limit,
+    estimate,
+    preflight,
+    recommended,
+    savings,
+)
 
 # tests.tiny's Qwen3 without the vocabulary: 2 layers, hidden 64, 4 heads and 2 KV heads of 16, ffn 128.
 LAYER = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128

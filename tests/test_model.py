@@ -12,10 +12,10 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten
 
-import model as models
-from config import PROJECTIONS
-from model import ModelError
-from prompt import render_prompt
+from expander import model as models
+from expander.config import PROJECTIONS
+from expander.model import ModelError
+from expander.prompt import render_prompt
 
 TOKENS = mx.array([[5, 300, 17, 44, 260, 9, 301, 2]])
 

@@ -5,7 +5,7 @@ import random
 from itertools import combinations
 from pathlib import Path
 
-from dataset.nearness import NEAR, near_copies, near_duplicates, nearness, pieces, plain
+from expander.nearness import NEAR, near_copies, near_duplicates, nearness, pieces, plain
 
 ROOT = Path(__file__).parents[1]
 

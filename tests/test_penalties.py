@@ -2,10 +2,10 @@
 
 import pytest
 
-from config import Grpo, Penalties
-from penalties import PENALTIES
+from expander.config import Grpo, Penalties
+from expander.train.rewards import PENALTIES
+from expander.train.rollout import Rollout, group_metrics, set_rewards
 from reward import score_expansion_detailed
-from rollout import Rollout, group_metrics, set_rewards
 
 QUERY = "auth config"
 GOOD = "hyde: Set the auth key in config.yaml.\nlex: auth settings\nvec: how to configure auth\n"

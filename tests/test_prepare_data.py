@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from test_schema import FORMATS, jsonl, row
 
-from config import load_config
-from inputs import read_rows
-from prompt import render_prompt, render_target
+from expander.config import load_config
+from expander.prompt import render_prompt, render_target
+from expander.train.inputs import read_rows
 
 ROOT = Path(__file__).parents[1]
 SPLITS = ("train.jsonl", "val.jsonl")

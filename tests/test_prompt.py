@@ -6,13 +6,20 @@ from pathlib import Path
 
 import pytest
 
-from prompt import TYPES, query_of, render_lines, render_prompt, render_target, user_message
+from expander.prompt import (
+    TYPES,
+    query_of,
+    render_lines,
+    render_prompt,
+    render_target,
+    user_message,
+)
 
 ROOT = Path(__file__).parent.parent
 WITH_DOCTESTS = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for folder in (".", "dataset", "examples")
-    for path in (ROOT / folder).glob("*.py")
+    for pattern in ("*.py", "dataset/*.py", "examples/*.py", "expander/**/*.py")
+    for path in ROOT.glob(pattern)
     if ">>> " in path.read_text(encoding="utf-8")
 )
 
@@ -79,4 +86,4 @@ def test_the_examples_in_docstrings(name):
 
 
 def test_modules_with_examples_are_found():
-    assert {"prompt", "cli", "grpo"} <= set(WITH_DOCTESTS)
+    assert {"expander.prompt", "expander.cli", "expander.train.logps"} <= set(WITH_DOCTESTS)

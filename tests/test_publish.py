@@ -18,14 +18,12 @@ from chains import fused, make_adapter, make_chain
 from safetensors.numpy import load_file
 
 import convert
-import formats
-import model as models
-import model_card
-import publish
-from comparison import SCHEMA
-from config import Config, to_yaml
-from prompt import render_prompt
-from report import measure, result_of, summarize
+from expander import model as models
+from expander.config import Config, to_yaml
+from expander.convert import formats, model_card, publish
+from expander.eval.comparison import SCHEMA
+from expander.eval.report import measure, result_of, summarize
+from expander.prompt import render_prompt
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_thisMustNeverBeSeen"

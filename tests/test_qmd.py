@@ -2,7 +2,7 @@ import hashlib
 
 import pytest
 
-from qmd import QMD_SYSTEM_PROMPT, SAMPLING, falls_back, kept_lines
+from expander.qmd import QMD_SYSTEM_PROMPT, SAMPLING, falls_back, kept_lines
 
 
 def test_system_prompt_is_node_llama_cpp_s_to_the_byte():

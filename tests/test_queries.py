@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset.nearness import near_copies, plain
-from report import script_counts
+from expander.eval.report import script_counts
+from expander.nearness import near_copies, plain
 
 ROOT = Path(__file__).parent.parent
 CATEGORIES = [

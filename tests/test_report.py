@@ -2,8 +2,15 @@
 
 import pytest
 
-import report
-from report import bootstrap, compare_golden, in_wrong_language, match_lines, measure, result_of
+from expander.eval import report
+from expander.eval.report import (
+    bootstrap,
+    compare_golden,
+    in_wrong_language,
+    match_lines,
+    measure,
+    result_of,
+)
 
 GOOD = (  # 130 of 140: 92.9 %
     "hyde: Set the auth provider and the signing key in config.yaml, then restart the server.\n"

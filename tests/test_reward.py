@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import reward
-from prompt import render_prompt, user_message
+from expander.prompt import render_prompt, user_message
 from reward import (
     PARTS,
     QMDRewardFunction,

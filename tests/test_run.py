@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
-import model as models
-from cli import Interrupted
-from config import Config, Training, load_config
-from run import AdamW, Run, check_output, schedule
+from expander import model as models
+from expander.cli import Interrupted
+from expander.config import Config, Training, load_config
+from expander.train.optim import AdamW, schedule
+from expander.train.run import Run, check_output
 
 
 class Two(nn.Module):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dataset.schema import (
+from expander.prompt import render_lines, render_prompt, render_target, user_message
+from expander.queries import base_query
+from expander.rows import (
     DataError,
-    base_query,
     canonical_row,
     find_files,
     load_rows,
@@ -16,7 +17,6 @@ from dataset.schema import (
     read_files,
     split_examples,
 )
-from prompt import render_lines, render_prompt, render_target, user_message
 
 QUERY = "auth config"
 LINES = [["lex", "auth settings"], ["vec", "how to configure authentication"], ["hyde", "Auth."]]

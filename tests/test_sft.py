@@ -10,10 +10,18 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner import trainer
 
-import model as models
-from dataset.schema import load_rows
-from prompt import render_prompt
-from sft import LENGTH_STEP, Batches, Row, collate, completion_loss, tokenize, validate
+from expander import model as models
+from expander.prompt import render_prompt
+from expander.rows import load_rows
+from expander.train.sft import (
+    LENGTH_STEP,
+    Batches,
+    Row,
+    collate,
+    completion_loss,
+    tokenize,
+    validate,
+)
 
 END = 2
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from config import Tracking, load_config
-from run import Run
-from tracking import check_installed, expand
+from expander.config import Tracking, load_config
+from expander.train.run import Run
+from expander.train.tracking import check_installed, expand
 
 # Notes every call; what is in FAIL raises.
 STAND_IN = """

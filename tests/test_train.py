@@ -17,7 +17,7 @@ import mlx.core as mx
 import pytest
 import tiny
 
-from model import read_chain
+from expander.model import read_chain
 
 ROOT = Path(__file__).parent.parent
 TRAIN = ROOT / "train.py"
@@ -249,7 +249,7 @@ def test_one_prompt_is_enough(short_grpo, tmp_path):
 def test_a_reward_that_raises_ends_the_run_and_loses_no_step(
     after_sft, grpo_options, monkeypatch, capfd
 ):
-    import rollout
+    from expander.train import rollout
 
     score, calls = rollout.score_expansion_detailed, []
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import gguf
 import tiny
 
-from gguf_file import FILE_TYPES
+from expander.convert.gguf_file import FILE_TYPES
 from tests.bench.kquants_vs_ggml import QuantizeParams, library
 
 TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m")

@@ -14,9 +14,9 @@ from pathlib import Path
 import mlx.core as mx
 import mlx_lm
 
-import model as models
-from decode import generate
-from prompt import render_prompt
+from expander import model as models
+from expander.decode import generate
+from expander.prompt import render_prompt
 
 TURNS = 2
 

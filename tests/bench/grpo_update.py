@@ -19,11 +19,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-import model as models
-from config import Config, Dataset, Generation, Lora, Model
-from decode import random_keys
-from grpo import completion_states, grpo_loss, pad
-from rollout import Rollout, completion_logps, micro_batches, roll_out, stack
+from expander import model as models
+from expander.config import Config, Dataset, Generation, Lora, Model
+from expander.decode import random_keys
+from expander.train.logps import completion_logps, completion_states, pad, stack
+from expander.train.loss import grpo_loss
+from expander.train.rollout import Rollout, micro_batches, roll_out
 from tests.bench.grpo_vs_mlx_lm_lora import ALPHA, BETA, GROUP, PROMPTS, RANK, load_policy
 
 ROWS, TEMPERATURE = 8, 1.0

@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from config import PROJECTIONS, Config, Dataset, Generation, Grpo, Lora, Model, Training
+from expander.config import PROJECTIONS, Config, Dataset, Generation, Grpo, Lora, Model, Training
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
 
 PROMPTS, GROUP, TEMPERATURE, BETA = 4, 8, 1.0, 0.02
@@ -61,8 +61,8 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
 
 def load_policy(config: Config):
     """(model, tokenizer, end token, (query, prompt ids) pairs): SFT fused, fresh LoRA over it."""
-    import model as models
-    from inputs import encode_prompts, read_rows
+    from expander import model as models
+    from expander.train.inputs import encode_prompts, read_rows
 
     model, tokenizer = models.load_chain(models.read_chain(config.model.sft), fuse_last=True)
     models.add_lora(model, models.lora_config(model, RANK, ALPHA, 0.0, PROJECTIONS))
@@ -74,8 +74,8 @@ def run_mlx_lm_lora(config: Config, folder: Path) -> None:
     import mlx.optimizers as optim
     from mlx_lm_lora.trainer.grpo_trainer import GRPOTrainingArgs, train_grpo
 
-    import model as models
-    from prompt import IM_END
+    from expander import model as models
+    from expander.prompt import IM_END
     from reward import score_expansion_detailed
 
     model, tokenizer, _, prompts = load_policy(config)
@@ -134,7 +134,7 @@ def work(side: str, config: Config, folder: Path) -> None:
     figures: dict = {}
     with working(folder / f"{side}.log") as turn:
         if side == "ours":
-            import rollout
+            from expander.train import rollout
             from train import train_grpo
 
             count_rollouts(
@@ -177,10 +177,11 @@ def check(config: Config) -> None:
     from mlx.utils import tree_flatten
     from mlx_lm_lora.trainer import grpo_trainer
 
-    import model as models
-    from decode import random_keys
-    from grpo import group_advantages, grpo_loss
-    from rollout import completion_logps, remember_logps, roll_out, stack
+    from expander import model as models
+    from expander.decode import random_keys
+    from expander.train.logps import completion_logps, remember_logps, stack
+    from expander.train.loss import group_advantages, grpo_loss
+    from expander.train.rollout import roll_out
 
     model, tokenizer, end, prompts = load_policy(config)
     pairs = prompts[:2]
@@ -258,9 +259,10 @@ def profile(config: Config) -> None:
     """Seconds a step of each part of `train.py grpo`."""
     import mlx.core as mx
 
-    import decode
-    import rollout
-    from run import METRICS, AdamW
+    from expander import decode
+    from expander.train import rollout
+    from expander.train.optim import AdamW
+    from expander.train.run import METRICS
     from train import train_grpo
 
     seconds: dict[str, float] = {}

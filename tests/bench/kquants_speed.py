@@ -15,7 +15,7 @@ from collections.abc import Callable
 import numpy as np
 from gguf import GGMLQuantizationType, LlamaFileType
 
-from kquants import THREADS, quantize, tensor_type
+from expander.convert.kquants import THREADS, quantize, tensor_type
 from tests.test_kquants import K_TYPES
 
 ROUNDS = 5

@@ -21,7 +21,7 @@ import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
 
-from kquants import BASE_TYPES, quantize, tensor_type
+from expander.convert.kquants import BASE_TYPES, quantize, tensor_type
 from tests.test_kquants import K_TYPES, cases, digest
 
 TYPES = (*K_TYPES, *(GGMLQuantizationType[name] for name in ("Q5_0", "Q5_1", "Q8_0")))

@@ -14,11 +14,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tuner.trainer import grad_checkpoint
 
-import model as models
-from config import Config
-from memory import GB, Shape, estimate
-from run import AdamW
-from sft import Row, collate, completion_loss
+from expander import model as models
+from expander.config import Config
+from expander.train.memory import GB, Shape, estimate
+from expander.train.optim import AdamW
+from expander.train.sft import Row, collate, completion_loss
 from tests.tiny import make_qwen3
 
 PROMPT = 18

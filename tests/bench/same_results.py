@@ -130,7 +130,9 @@ def train_all(checkout: Checkout, stage: str, settings: list[str]) -> None:
 
 
 def export(checkout: Checkout, model: str, label: str) -> None:
-    checkout.command("convert.py", "--model", model, "--output", f"gguf-{label}", "--quantize", *KINDS)
+    checkout.command(
+        "convert.py", "--model", model, "--output", f"gguf-{label}", "--quantize", *KINDS
+    )
     for kind in KINDS:
         [path] = (checkout.work / f"gguf-{label}").glob(f"*-{kind}.gguf")
         show(f"{label} {kind}.gguf", path)

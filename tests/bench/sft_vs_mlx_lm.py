@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from config import PROJECTIONS, Config, Dataset, Lora, Model, Training
+from expander.config import PROJECTIONS, Config, Dataset, Lora, Model, Training
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
 
 BLOCK = 5
@@ -55,9 +55,9 @@ def rows_per_step(config: Config) -> int:
 
 
 def tokenized(path: Path, config: Config, tokenizer):
-    from dataset.schema import load_rows
-    from inputs import encode_prompts
-    from sft import tokenize
+    from expander.rows import load_rows
+    from expander.train.inputs import encode_prompts
+    from expander.train.sft import tokenize
 
     examples = load_rows(str(path)).train
     prompts = [ids for _, ids in encode_prompts(examples, config, tokenizer)]
@@ -76,7 +76,7 @@ def run_mlx_lm(config: Config, folder: Path) -> None:
     """What `mlx_lm.lora --train --mask-prompt` does once it has its arguments and the data."""
     import mlx_lm.lora as rival
 
-    import model as models
+    from expander import model as models
 
     path = models.fetch(config.model.base)
     model = models.load_base(path)
@@ -160,10 +160,10 @@ def work(side: str, config: Config, folder: Path) -> None:
 def compare(arguments: argparse.Namespace, folder: Path) -> None:
     import mlx.core as mx
 
-    import model as models
-    from checkpoint import write_rows
-    from dataset.schema import canonical_row, load_rows, split_examples
-    from sft import validate
+    from expander import model as models
+    from expander.files import write_rows
+    from expander.rows import canonical_row, load_rows, split_examples
+    from expander.train.sft import validate
 
     examples = load_rows(arguments.rows).train
     train, held = split_examples(examples, arguments.held / len(examples), seed=42)

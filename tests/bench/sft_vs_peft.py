@@ -33,12 +33,12 @@ def train_ours(folder: Path, architecture: str) -> dict:
     from mlx_lm.tuner import trainer
     from mlx_lm.tuner.callbacks import TrainingCallback
 
-    import model as models
-    from config import PROJECTIONS, Config, Training
-    from dataset.schema import load_rows
-    from inputs import encode_prompts
-    from run import AdamW
-    from sft import Batches, completion_loss, tokenize
+    from expander import model as models
+    from expander.config import PROJECTIONS, Config, Training
+    from expander.rows import load_rows
+    from expander.train.inputs import encode_prompts
+    from expander.train.optim import AdamW
+    from expander.train.sft import Batches, completion_loss, tokenize
     from tests import tiny
 
     base = {"qwen3": tiny.make_qwen3, "llama": tiny.make_llama}[architecture](folder / "model")

@@ -13,11 +13,11 @@ from itertools import chain
 import mlx.core as mx
 import numpy as np
 
-from dataset.schema import Example
-from distributed import gather, share_out
-from grpo import LOGIT_BUDGET, token_logps
-from model import hidden_states, lm_head
-from prompt import render_target
+from expander.model import hidden_states, lm_head
+from expander.prompt import render_target
+from expander.rows import Example
+from expander.train.distributed import gather, share_out
+from expander.train.logps import LOGIT_BUDGET, token_logps
 
 # Shapes are rounded up to these, so that a compiled step is traced only a few times.
 LENGTH_STEP, TOKEN_STEP = 8, 32

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from zlib import crc32
 
-from dataset.schema import base_query
+from expander.queries import base_query
 
 # In how many two-letter pieces two queries must agree, at least, to count as near copies.
 NEAR = 0.75

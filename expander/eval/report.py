@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dataset.nearness import SLOT, template_of
-from prompt import TYPES
-from qmd import kept_lines
+from expander.nearness import SLOT, template_of
+from expander.prompt import TYPES
+from expander.qmd import kept_lines
 from reward import (
     PARTS,
     RATINGS,

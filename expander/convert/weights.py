@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from model import (
+from expander.model import (
     Chain,
     ModelError,
     adapter_weights,

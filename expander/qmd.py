@@ -6,7 +6,7 @@ Read from QMD 2.8.3 (`expandQuery` in its dist/llm.js) and the node-llama-cpp 3.
 import re
 from dataclasses import dataclass
 
-from prompt import TYPES
+from expander.prompt import TYPES
 
 # node-llama-cpp puts this system turn in front when the GGUF has the stock Qwen3 template.
 QMD_SYSTEM_PROMPT = (

@@ -6,7 +6,7 @@ these terms do. Each gives an amount from 0 (nothing wrong) to 1; `grpo.penaltie
 
 from collections.abc import Callable
 
-from qmd import kept_lines
+from expander.qmd import kept_lines
 from reward import parse_expansion
 
 # The most lines of one type that training targets have.

@@ -15,12 +15,12 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from comparison import compare, read_results
-from config import load_config
-from formats import write_mlx
-from model import ADAPTER_CONFIG, HUB_ID, Chain, copy_adapters
-from model_card import CARD, EVALUATION, licence, render_card, run_config
-from report import CONFIDENCE, summarize
+from expander.config import load_config
+from expander.convert.formats import write_mlx
+from expander.convert.model_card import CARD, EVALUATION, licence, render_card, run_config
+from expander.eval.comparison import compare, read_results
+from expander.eval.report import CONFIDENCE, summarize
+from expander.model import ADAPTER_CONFIG, HUB_ID, Chain, copy_adapters
 
 ADAPTERS = "adapters"
 WEIGHTS = (".safetensors", ".gguf", ".bin")

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from model import hidden_states, lm_head
+from expander.model import hidden_states, lm_head
 
 
 @dataclass

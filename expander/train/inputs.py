@@ -4,12 +4,12 @@ import random
 import sys
 from pathlib import Path
 
-from config import Config, to_yaml
+from expander.config import Config, to_yaml
 
 
 def read_rows(config: Config):
     """The data set's rows, split, as the configuration asks."""
-    from dataset.schema import load_rows
+    from expander.rows import load_rows
 
     data = config.dataset
     return load_rows(
@@ -25,8 +25,8 @@ def read_rows(config: Config):
 
 def encode_prompts(examples, config: Config, tokenizer) -> list[tuple[str, list[int]]]:
     """(query, prompt ids) of each example; the query travels along, never parsed back out."""
-    from prompt import render_prompt
-    from qmd import QMD_SYSTEM_PROMPT
+    from expander.prompt import render_prompt
+    from expander.qmd import QMD_SYSTEM_PROMPT
 
     rng, pairs = random.Random(config.training.seed), []
     for example in examples:
@@ -58,9 +58,9 @@ def dry_run(stage: str, config: Config) -> None:
 
     No model is loaded; of a Hub model, config.json alone is fetched.
     """
-    import model as models
-    from dataset.schema import local_files, looks_local
-    from memory import preflight
+    from expander import model as models
+    from expander.rows import local_files, looks_local
+    from expander.train.memory import preflight
 
     print(to_yaml(config).rstrip())
     base, data = config.model.base, config.dataset.name

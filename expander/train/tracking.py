@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 
-from config import Config, Tracking
+from expander.config import Config, Tracking
 
 PROJECT = "qmd-query-expansion"
 

@@ -15,9 +15,9 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
-import kquants
-from vocabulary import CHAT_TEMPLATE, Vocabulary
-from weights import FusedWeights
+from expander.convert import kquants
+from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, Vocabulary
+from expander.convert.weights import FusedWeights
 
 # What --quantize takes.
 FILE_TYPES = {

@@ -8,12 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-import distributed
-from config import Grpo
-from decode import Completion, TemperatureSampler, generate
-from grpo import completion_states, pad, sample_std, token_logps
-from model import lm_head
-from penalties import PENALTIES
+from expander.config import Grpo
+from expander.decode import Completion, TemperatureSampler, generate
+from expander.train import distributed
+from expander.train.loss import sample_std
+from expander.train.rewards import PENALTIES
 from reward import parse_expansion, score_expansion, score_expansion_detailed
 
 
@@ -114,24 +113,6 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout
     return batches
 
 
-def remember_logps(
-    model: nn.Module, batches: Sequence[Sequence[Rollout]], temperature: float, name: str
-) -> None:
-    """Set `name` ("ref_logps" or "old_logps") of every rollout from the model as it is now."""
-    for batch in batches:
-        logps, _, _ = completion_logps(model, batch, temperature, with_gradient=False)
-        mx.eval(logps)
-        for rollout, row in zip(batch, logps, strict=True):
-            setattr(rollout, name, row[: len(rollout.tokens)])
-
-
-def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:
-    """(T_i,) arrays as one (B, width); None where the first is None."""
-    if rows[0] is None:
-        return None
-    return mx.stack([mx.pad(row, (0, width - row.size)) for row in rows])
-
-
 def batch_share(
     batch: Sequence[Rollout], rollouts: Sequence[Rollout], loss_type: str, mask_truncated: bool
 ) -> float:
@@ -147,37 +128,6 @@ def batch_share(
 def active_tokens(rollouts: Sequence[Rollout], mask_truncated: bool) -> int:
     """The tokens in the loss: those of cut-off completions count unless they are masked."""
     return sum(len(r.tokens) for r in rollouts if r.finished or not mask_truncated)
-
-
-def completion_logps(
-    model: nn.Module,
-    rollouts: Sequence[Rollout],
-    temperature: float,
-    with_entropy: bool = False,
-    with_gradient: bool = True,
-) -> tuple[mx.array, mx.array, mx.array | None]:
-    """(logps, mask, entropies) of completions given their prompts, each (B, T) float32."""
-    unique = list({tuple(r.prompt): None for r in rollouts})
-    prompts, prompt_mask = pad(unique, left=True, to=8)
-    rows = mx.array([unique.index(tuple(r.prompt)) for r in rollouts])
-    tokens, mask = pad([r.tokens for r in rollouts], to=8)  # (B, T)
-    padding = prompts.shape[1] - prompt_mask.sum(axis=1)
-    states = completion_states(model, prompts, padding, rows, tokens)
-    # The head sees real completion positions only.
-    where = mx.array([i for i, m in enumerate(mask.flatten().tolist()) if m])
-    flat, entropy = token_logps(
-        states.reshape(-1, states.shape[-1])[where],
-        tokens.flatten()[where],
-        lm_head(model),
-        temperature,
-        with_entropy,
-        with_gradient,
-    )
-
-    def spread(values: mx.array) -> mx.array:
-        return mx.zeros(mask.size).at[where].add(values).reshape(mask.shape)
-
-    return spread(flat), mask, None if entropy is None else spread(entropy)
 
 
 def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:

@@ -17,9 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from checkpoint import atomic_write, digest, save_arrays, write_json
-from dataset.schema import QUERY_DIGESTS
-from prompt import IM_END
+from expander.files import atomic_write, digest, save_arrays, write_json
+from expander.prompt import IM_END
+from expander.queries import QUERY_DIGESTS
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 # Weights, configuration and tokenizer; never a repository's Python files.

@@ -11,9 +11,9 @@ character may be split between tokens, but nothing may follow half of one.
 import mlx.core as mx
 import numpy as np
 
-from decode import KeyedSampler
-from prompt import TYPES
-from qmd import SAMPLING, Sampling
+from expander.decode import KeyedSampler
+from expander.prompt import TYPES
+from expander.qmd import SAMPLING, Sampling
 
 FORBIDDEN = -1
 BLOCK = 64

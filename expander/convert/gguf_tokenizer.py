@@ -12,7 +12,7 @@ from pathlib import Path
 
 from gguf import TokenType
 
-from prompt import IM_END, IM_START
+from expander.prompt import IM_END, IM_START
 
 # The frame of prompt.py, with no tools and no thinking, for two readers:
 # - QMD takes any ChatML template that node-llama-cpp 3.20.0 finds equal to its own ChatML wrapper

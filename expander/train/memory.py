@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from config import Config
-from grpo import LOGIT_BUDGET
-from model import QUANT_GROUP, Chain, compute_dtype, model_config
+from expander.config import Config
+from expander.model import QUANT_GROUP, Chain, compute_dtype, model_config
+from expander.train.logps import LOGIT_BUDGET
 
 GB = 1e9
 # Arrays of logits alive for a chunk of token_logps, and at most: MLX allocates a few chunks ahead.

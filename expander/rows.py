@@ -5,7 +5,6 @@ A row is canonical ({"query", "output": [["hyde", text], ...]}), input/output, s
 """
 
 import glob
-import hashlib
 import json
 import random
 import re
@@ -14,8 +13,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from checkpoint import write_json
-from prompt import IM_END, IM_START, TYPES, query_of
+from expander.prompt import IM_END, IM_START, TYPES, query_of
+from expander.queries import base_query, normal_query
 from reward import CHAT_MARKERS
 
 THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -24,16 +23,10 @@ TURN = re.compile(
     re.DOTALL,
 )
 INTENT = re.compile(r"\n\s*Query intent:\s*(.*)\Z", re.DOTALL | re.IGNORECASE)
-# "/only:lex" is QMD's form; "only: lex" stands in older rows.
-ONLY_SUFFIX = re.compile(r"\s+/?only:\s*(?:lex|vec|hyde)\s*$", re.IGNORECASE)
 SURROGATE = re.compile(r"[\ud800-\udfff]")  # what JSON's "\ud83d" alone becomes
 LINE = re.compile(rf"({'|'.join(TYPES)})\s*:\s*(.*)", re.DOTALL)
 # The project's own rows, as its tools find them from the root.
 DATA = "data/*.jsonl"
-# What no row may ask, or nearly.
-EVALUATION_QUERIES = Path(__file__).parents[1] / "evals" / "queries.txt"
-# In an adapter folder: which queries it was trained on, without telling them.
-QUERY_DIGESTS = "queries.json"
 
 
 class DataError(ValueError):
@@ -71,16 +64,6 @@ class Rows:
             f"{self.read} rows read, {self.duplicates} duplicate queries dropped: "
             f"{len(self.train)} to train on, {len(self.validation)} to validate on"
         )
-
-
-def normal_query(query: str) -> str:
-    """The form under which two queries count as the same one."""
-    return " ".join(query.lower().split())
-
-
-def base_query(query: str) -> str:
-    """The normal form without an /only: suffix: variants of one query share it."""
-    return ONLY_SUFFIX.sub("", normal_query(query))
 
 
 def _line(kind: object, text: object) -> tuple[str, str]:
@@ -435,55 +418,3 @@ def load_rows(
     if max_samples is not None and max_samples < len(train):
         train = random.Random(seed).sample(train, max_samples)
     return Rows(train, validation, read=len(read), duplicates=duplicates)
-
-
-def read_queries(path: Path) -> list[tuple[str, str | None]]:
-    """(query, category) of each query of a text file, once: "# name" opens a category, any other
-    "#" line is a comment.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"--queries {path}:{line}: not UTF-8 ({error.reason})") from None
-    except OSError as error:
-        raise ValueError(f"--queries {path}: cannot be read: {error.strerror}") from None
-    queries: dict[str, str | None] = {}
-    category = None
-    for line in map(str.strip, text.split("\n")):
-        if line.startswith("# "):
-            category = line[2:].strip()
-        elif line and not line.startswith("#"):
-            queries.setdefault(line, category)
-    if not queries:
-        raise ValueError(f"--queries {path}: there is no query in it; write one a line")
-    return list(queries.items())
-
-
-def query_digest(query: str) -> str:
-    """The first 16 hex digits of the SHA-256 of the query as `base_query` has it: /only: variants share it."""
-    return hashlib.sha256(base_query(query).encode()).hexdigest()[:16]
-
-
-def write_query_digests(folder: Path, queries: Iterable[str]) -> None:
-    """Record in an adapter's folder what it was trained on, so that an evaluation can tell."""
-    digests = sorted(set(map(query_digest, queries)))
-    write_json(folder / QUERY_DIGESTS, {"schema": 1, "sha256": digests})
-
-
-def read_query_digests(folder: Path) -> frozenset[str] | None:
-    """The digests recorded in an adapter's folder; None when it has no record.
-
-    Raises:
-        DataError: there is one, and it cannot be understood.
-    """
-    path = folder / QUERY_DIGESTS
-    if not path.is_file():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["schema"] != 1:
-            raise ValueError(f"schema {record['schema']!r} is unknown")
-        return frozenset(record["sha256"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: not a record of training queries: {error}") from None

@@ -5,9 +5,9 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
-from model import Chain
-from prompt import render_prompt, user_message
-from report import format_summary
+from expander.eval.report import format_summary
+from expander.model import Chain
+from expander.prompt import render_prompt, user_message
 
 CARD, EVALUATION = "README.md", "evaluation.json"
 TEMPLATE = Path(__file__).parent / "model_card.md"

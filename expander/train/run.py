@@ -15,62 +15,20 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_unflatten
 
-import distributed
-from checkpoint import Checkpoint, Checkpoints, write_json, write_text
-from cli import Interrupted, duration
-from config import Config, Training, to_yaml
-from memory import cache_limit, preflight
-from model import adapter_weights, add_lora, lora_config, save_adapter
-from rollout import RewardError
-from tracking import Tracker
+from expander.cli import Interrupted, duration
+from expander.config import Config, to_yaml
+from expander.files import write_json, write_text
+from expander.model import adapter_weights, add_lora, lora_config, save_adapter
+from expander.train import distributed
+from expander.train.checkpoint import Checkpoint, Checkpoints
+from expander.train.memory import cache_limit, preflight
+from expander.train.optim import AdamW
+from expander.train.rollout import RewardError
+from expander.train.tracking import Tracker
 
 METRICS, SAMPLES, RESULT = "metrics.jsonl", "samples.jsonl", "run.json"
 # Nats a token; single steps of the default recipe reach 0.6 on the small model it was measured on.
 RUNAWAY_KL = 1.0
-
-
-def schedule(training: Training, total: int):
-    """The learning rate at a 0-based optimiser step, as Hugging Face's schedulers give it.
-
-    It rises linearly from 0 over ceil(warmup_ratio * total) steps, then falls to 0 as a half cosine
-    or a line, or stays.
-    """
-    warmup = math.ceil(training.warmup_ratio * total)
-
-    def rate(step: mx.array) -> mx.array:
-        step = step.astype(mx.float32)
-        passed = mx.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
-        decay = {
-            "cosine": 0.5 * (1.0 + mx.cos(math.pi * passed)),
-            "linear": 1.0 - passed,
-            "constant": mx.ones_like(passed),
-        }[training.lr_scheduler]
-        return training.learning_rate * mx.where(step < warmup, step / max(warmup, 1), decay)
-
-    return rate
-
-
-class AdamW(optim.AdamW):
-    """AdamW as PyTorch's (bias correction on), with gradients clipped by their global norm.
-
-    The norm before clipping is left in state["grad_norm"]. A `max_grad_norm` of 0 clips nothing.
-    """
-
-    def __init__(self, training: Training, total: int):
-        super().__init__(
-            schedule(training, total), weight_decay=training.weight_decay, bias_correction=True
-        )
-        self.max_grad_norm = training.max_grad_norm
-        self.state["grad_norm"] = mx.array(0.0)
-
-    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
-        squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
-        norm = mx.sqrt(mx.stack(squares).sum())
-        if self.max_grad_norm:
-            factor = mx.minimum(1.0, self.max_grad_norm / (norm + 1e-6))
-            gradients = tree_unflatten([(k, g * factor) for k, g in tree_flatten(gradients)])
-        self.state["grad_norm"] = norm
-        return super().apply_gradients(gradients, parameters)
 
 
 def check_output(config: Config) -> None:

@@ -348,7 +348,9 @@ def load_config(
         ConfigError: with every problem of the file and of the settings, one a line.
     """
     assert stage in STAGES
-    path = Path(path) if path is not None else Path(__file__).parent / "configs" / f"{stage}.yaml"
+    path = (
+        Path(path) if path is not None else Path(__file__).parents[1] / "configs" / f"{stage}.yaml"
+    )
     layers = [(str(path), _read_yaml(path))]
     layers += [(f"--set {setting}", _read_set(setting)) for setting in settings]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from checkpoint import save_arrays, write_json, write_text
-from model import Chain, load_base, model_config
-from vocabulary import CHAT_TEMPLATE
-from weights import FusedWeights, take_adapters
+from expander.convert.gguf_tokenizer import CHAT_TEMPLATE
+from expander.convert.weights import FusedWeights, take_adapters
+from expander.files import save_arrays, write_json, write_text
+from expander.model import Chain, load_base, model_config
 
 SHARD = 500 << 20  # bytes of weights a file
 TOKENIZER_FILES = (

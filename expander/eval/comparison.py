@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from report import CONFIDENCE, FLAGS, bootstrap, mean, printable, summarize, table
+from expander.eval.report import CONFIDENCE, FLAGS, bootstrap, mean, printable, summarize, table
 
 SCHEMA = 1
 SHOWN = 10

@@ -1,0 +1,53 @@
+"""The optimiser: PyTorch's AdamW with gradient clipping, on Hugging Face's schedules."""
+
+import math
+
+import mlx.core as mx
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_unflatten
+
+from expander.config import Training
+
+
+def schedule(training: Training, total: int):
+    """The learning rate at a 0-based optimiser step, as Hugging Face's schedulers give it.
+
+    It rises linearly from 0 over ceil(warmup_ratio * total) steps, then falls to 0 as a half cosine
+    or a line, or stays.
+    """
+    warmup = math.ceil(training.warmup_ratio * total)
+
+    def rate(step: mx.array) -> mx.array:
+        step = step.astype(mx.float32)
+        passed = mx.clip((step - warmup) / max(total - warmup, 1), 0.0, 1.0)
+        decay = {
+            "cosine": 0.5 * (1.0 + mx.cos(math.pi * passed)),
+            "linear": 1.0 - passed,
+            "constant": mx.ones_like(passed),
+        }[training.lr_scheduler]
+        return training.learning_rate * mx.where(step < warmup, step / max(warmup, 1), decay)
+
+    return rate
+
+
+class AdamW(optim.AdamW):
+    """AdamW as PyTorch's (bias correction on), with gradients clipped by their global norm.
+
+    The norm before clipping is left in state["grad_norm"]. A `max_grad_norm` of 0 clips nothing.
+    """
+
+    def __init__(self, training: Training, total: int):
+        super().__init__(
+            schedule(training, total), weight_decay=training.weight_decay, bias_correction=True
+        )
+        self.max_grad_norm = training.max_grad_norm
+        self.state["grad_norm"] = mx.array(0.0)
+
+    def apply_gradients(self, gradients: dict, parameters: dict) -> dict:
+        squares = [g.astype(mx.float32).square().sum() for _, g in tree_flatten(gradients)]
+        norm = mx.sqrt(mx.stack(squares).sum())
+        if self.max_grad_norm:
+            factor = mx.minimum(1.0, self.max_grad_norm / (norm + 1e-6))
+            gradients = tree_unflatten([(k, g * factor) for k, g in tree_flatten(gradients)])
+        self.state["grad_norm"] = norm
+        return super().apply_gradients(gradients, parameters)
