@@ -48,6 +48,13 @@ def render_prompt(query: str, system: str | None = None, intent: str | None = No
     return f"{framed}{IM_START}assistant\n"
 
 
+def encode_prompt(
+    tokenizer, query: str, system: str | None = None, intent: str | None = None
+) -> list[int]:
+    """The token ids of `render_prompt`."""
+    return tokenizer.encode(render_prompt(query, system, intent), add_special_tokens=False)
+
+
 def render_lines(lines: Sequence[tuple[str, str]]) -> str:
     """The expansion as text, one line a pair, no newline at the end.
 

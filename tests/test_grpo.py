@@ -10,11 +10,29 @@ import pytest
 from mlx.utils import tree_flatten
 
 from expander import model as models
+from expander.config import load_config
 from expander.decode import TemperatureSampler, generate, random_keys
 from expander.train import logps as log_probabilities
 from expander.train import loss as grpo
-from expander.train.logps import completion_logps, remember_logps, stack
-from expander.train.rollout import Rollout, active_tokens, batch_share, micro_batches, roll_out
+from expander.train.grpo import (
+    PromptOrder,
+    policy_gradient,
+    prompts_per_step,
+    warn_of_collapse,
+)
+from expander.train.logps import completion_logps
+from expander.train.rollout import (
+    Rollout,
+    active_tokens,
+    batch_share,
+    micro_batches,
+    rank_batches,
+    sample,
+    set_advantages,
+    set_logps,
+    stack,
+)
+from expander.train.run import Run
 
 
 def values(array) -> list:
@@ -272,6 +290,12 @@ def some_rollouts() -> list[Rollout]:
     return rollouts
 
 
+def logps_of(model, rollouts, temperature=1.0, **options):
+    """`completion_logps` of rollouts."""
+    prompts, completions = [r.prompt for r in rollouts], [r.tokens for r in rollouts]
+    return completion_logps(model, prompts, completions, temperature, **options)
+
+
 def one_by_one(model, rollout, temperature) -> np.ndarray:
     """The log-probabilities from one unpadded forward pass over prompt and completion."""
     ids = mx.array([rollout.prompt + rollout.tokens])
@@ -284,7 +308,7 @@ def one_by_one(model, rollout, temperature) -> np.ndarray:
 def test_batched_logps_equal_one_forward_a_row(lora_model, temperature):
     model, _ = lora_model
     rollouts = some_rollouts()
-    logps, mask, entropy = completion_logps(model, rollouts, temperature, with_entropy=True)
+    logps, mask, entropy = logps_of(model, rollouts, temperature, with_entropy=True)
     for i, rollout in enumerate(rollouts):
         length = len(rollout.tokens)
         np.testing.assert_allclose(
@@ -302,7 +326,7 @@ def test_log_probabilities_depend_on_the_prompt(lora_model):
     model, _ = lora_model
     first = Rollout("q", [5, 6, 7], [20, 21], True, "")
     second = Rollout("q", [9, 9, 9], [20, 21], True, "")
-    logps, _, _ = completion_logps(model, [first, second], 1.0)
+    logps, _, _ = logps_of(model, [first, second])
     assert abs(logps[0, 0].item() - logps[1, 0].item()) > 1e-3
 
 
@@ -316,7 +340,7 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type, mask_truncat
     assert active == (24 - 4 - 7 if mask_truncated else 24)
 
     def loss_of(batch):
-        logps, mask, _ = completion_logps(model, batch, 1.0)
+        logps, mask, _ = logps_of(model, batch)
         if mask_truncated:
             mask = mask * mx.array([[int(r.finished)] for r in batch])
         loss, _ = grpo.grpo_loss(
@@ -345,12 +369,12 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type, mask_truncat
 def test_reference_is_the_model_with_the_adapter_out(lora_model):
     model, _ = lora_model
     rollouts = some_rollouts()
-    with_adapter, _, _ = completion_logps(model, rollouts, 1.0)
+    with_adapter, _, _ = logps_of(model, rollouts)
     with models.adapters_off(model):
-        remember_logps(model, micro_batches(rollouts, 14), 1.0, "ref_logps")
+        set_logps(model, micro_batches(rollouts, 14), 1.0, "ref_logps")
         expected = one_by_one(model, rollouts[2], 1.0)
     np.testing.assert_allclose(np.array(rollouts[2].ref_logps), expected, atol=2e-5)
-    again, _, _ = completion_logps(model, rollouts, 1.0)
+    again, _, _ = logps_of(model, rollouts)
     assert values(again) == values(with_adapter)
     stacked = stack([r.ref_logps for r in rollouts], with_adapter.shape[1])
     assert abs(np.array(stacked - with_adapter)).max() > 1e-3
@@ -359,16 +383,14 @@ def test_reference_is_the_model_with_the_adapter_out(lora_model):
 def test_rollouts_keep_the_sampled_ids_and_the_end_token(lora_model):
     model, tokenizer = lora_model
     end = models.end_token(tokenizer)
-    rollouts = roll_out(
-        model,
-        tokenizer,
-        [("a", [5, 6]), ("b", [7, 8, 9])],
-        keys=random_keys(list(map(str, range(32))), 1).reshape(2, 16, 2),
-        max_tokens=60,
-        temperature=3.0,
-        end=end,
-        batch_size=8,
-    )
+    sizes = [
+        "grpo.num_generations=16",
+        "grpo.max_completion_length=60",
+        "grpo.rollout_batch_size=8",
+    ]
+    config, _ = load_config("grpo", None, [*sizes, "generation.temperature=3.0"])
+    prompts = [("a", [5, 6]), ("b", [7, 8, 9])]
+    rollouts = sample(model, tokenizer, prompts, config, step=0, end=end)
     assert [r.query for r in rollouts] == ["a"] * 16 + ["b"] * 16
     for rollout in rollouts:
         assert rollout.finished == (rollout.tokens[-1] == end)
@@ -383,7 +405,7 @@ def test_a_bandit_learns(lora_model):
     optimizer = optim.Adam(learning_rate=3e-2, bias_correction=True)
 
     def loss_of(rollouts):
-        logps, mask, _ = completion_logps(model, rollouts, 0.5)
+        logps, mask, _ = logps_of(model, rollouts, 0.5)
         return grpo.grpo_loss(logps, mask, mx.array([r.advantage for r in rollouts]))[0]
 
     both = nn.value_and_grad(model, loss_of)
@@ -402,3 +424,90 @@ def test_a_bandit_learns(lora_model):
         mx.eval(model.trainable_parameters(), optimizer.state)
     assert share[0] < 0.4
     assert sum(share[-5:]) / 5 > 0.9
+
+
+# The parts of a step
+
+
+def grpo_config(*settings: str):
+    return load_config("grpo", None, settings)[0]
+
+
+def test_every_prompt_is_used_once_per_epoch():
+    prompts = [(f"query {i}", [i]) for i in range(5)]
+    sizes = ["training.batch_size=2", "training.gradient_accumulation_steps=4"]
+    order = PromptOrder(prompts, grpo_config(*sizes, "grpo.num_generations=4"))
+    assert (order.per_step, order.steps_per_epoch) == (2, 3)
+    epochs = [
+        [prompt for step in steps for prompt in order[step]] for steps in ([0, 1, 2], [3, 4, 5])
+    ]
+    assert [sorted(epoch) for epoch in epochs] == [prompts, prompts]
+    assert epochs[0] != epochs[1]
+
+
+def test_groups_that_do_not_fill_a_step_are_refused():
+    with pytest.raises(ValueError, match=r"4 x 4 .*multiple of grpo.num_generations \(3\)"):
+        prompts_per_step(
+            grpo_config(
+                "training.batch_size=4",
+                "training.gradient_accumulation_steps=4",
+                "grpo.num_generations=3",
+            )
+        )
+
+
+def test_rollouts_without_a_gradient_are_left_out():
+    config = grpo_config("grpo.beta=0", "training.batch_size=2", "grpo.max_completion_length=7")
+    rollouts = some_rollouts()
+    for rollout in rollouts[:3]:
+        rollout.advantage = 0.0
+    kept = [r for batch in rank_batches(rollouts, config) for r in batch]
+    assert sorted(map(id, kept)) == sorted(map(id, rollouts[3:]))
+    config.grpo.beta = 0.02
+    assert sum(map(len, rank_batches(rollouts, config))) == 6
+
+
+def test_advantages_are_set_group_by_group():
+    rollouts = some_rollouts()[:4]
+    for rollout, reward in zip(rollouts, (1.0, 3.0, 5.0, 5.0), strict=True):
+        rollout.reward = reward
+    set_advantages(rollouts, 2, "none")
+    assert [r.advantage for r in rollouts] == [-1.0, 1.0, 0.0, 0.0]
+
+
+def test_the_policy_gradient_is_that_of_all_rollouts_at_once(lora_model):
+    model, _ = lora_model
+    rollouts = some_rollouts()
+    config = grpo_config("grpo.beta=0")
+    whole, sums = policy_gradient(model, [rollouts], rollouts, config)
+    parts, _ = policy_gradient(model, [rollouts[:2], rollouts[2:]], rollouts, config)
+    assert sums["tokens"] == 24 and sums["kl"] == 0 and sums["entropy"] > 0
+    for (name, a), (_, b) in zip(tree_flatten(whole), tree_flatten(parts), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5, err_msg=name)
+
+
+HEALTHY = {
+    "kl": 0.2,
+    "frac_reward_zero_std": 0.25,
+    "completions/clipped_ratio": 0.1,
+    "completions/mean_length": 60.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("trouble", "advice"),
+    [
+        ({"kl": 1.1}, "learning_rate"),
+        ({"frac_reward_zero_std": 1.0}, "num_generations"),
+        ({"completions/clipped_ratio": 1.0}, "max_completion_length"),
+        ({"completions/mean_length": 19.0}, "samples.jsonl"),
+    ],
+)
+def test_each_kind_of_collapse_is_reported_once(tmp_path, capsys, trouble, advice):
+    config = grpo_config(f"model.output={tmp_path / 'run'}")
+    run, warned = Run(config, "grpo", 10, resume=False, overwrite=False), set()
+    for record in (HEALTHY, HEALTHY | trouble, HEALTHY | trouble):
+        run.begin_step()
+        warn_of_collapse(run, record, warned)
+    [warning] = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: step 2: ") and advice in warning

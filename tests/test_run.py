@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
@@ -16,7 +17,7 @@ from expander import model as models
 from expander.cli import Interrupted
 from expander.config import Config, Training, load_config
 from expander.train.optim import AdamW, schedule
-from expander.train.run import Run, check_output
+from expander.train.run import Evaluation, Run, check_output, not_finite
 
 
 class Two(nn.Module):
@@ -160,21 +161,28 @@ def weights_equal(a: dict, b: dict) -> bool:
     return a.keys() == b.keys() and all(mx.array_equal(a[name], b[name]) for name in a)
 
 
-def test_what_is_saved_is_put_back(config, tiny_qwen3, capsys):
+def evaluation(value: float) -> Evaluation:
+    return Evaluation(value, {"val_loss": value}, f"val {value}")
+
+
+def finish(run: Run, model, optimizer, loss: float = 1.0, **options) -> None:
+    """End a step of this loss."""
+    record = {"loss": loss, "grad_norm": 1.0, "tokens_per_second": 10.0}
+    run.finish_step(record, f"loss {loss}", model, optimizer, sources=["rows.jsonl:1"], **options)
+
+
+def test_a_checkpoint_restores_adapter_optimizer_progress_and_random_numbers(
+    config, tiny_qwen3, capsys
+):
     model, optimizer = trained(tiny_qwen3)
+    config.training.save_steps, config.training.eval_steps = 2, 1
     with Run(config, "sft", 10, resume=False, overwrite=False) as run:
-        run.step = 1
-        run.consider(2.5, model, higher_is_better=False)
-        run.log({"loss": 1.0})
-        run.step = 2
-        run.log({"loss": 2.0})
-        run.consider(2.6, model, higher_is_better=False)
-        run.keep(model, optimizer)
-        run.save()
-        run.seed()
+        for loss in (2.5, 2.6):
+            run.begin_step()
+            finish(run, model, optimizer, loss, evaluate=partial(evaluation, loss))
+        run.begin_step()
         drawn = mx.random.normal((5,)).tolist()
-        run.step = 3
-        run.log({"loss": 3.0})  # after the checkpoint: this step is run again
+        run.log({"loss": 3.0})  # after the checkpoint: a resumed run repeats this step
     with (run.folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 4, "lo')  # cut by a kill
 
@@ -183,29 +191,30 @@ def test_what_is_saved_is_put_back(config, tiny_qwen3, capsys):
     other = AdamW(Training(warmup_ratio=0.0), total=10)
     other.init(fresh.trainable_parameters())
     again = Run(config, "sft", 10, resume=True, overwrite=False)
-    again.restore(fresh, other)
-    assert (again.step, again.best_value, again.best_step, again.stale) == (2, 2.5, 1, 1)
+    again._restore(fresh, other)
+    progress = again.progress
+    assert (again.step, progress.best_value, progress.best_step) == (2, 2.5, 1)
+    assert progress.evaluations_since_best == 1
     assert weights_equal(models.adapter_weights(fresh), models.adapter_weights(model))
     assert weights_equal(again.best, run.best)
     assert weights_equal(dict(tree_flatten(other.state)), dict(tree_flatten(optimizer.state)))
-    again.seed()
+    again.begin_step()
     assert mx.random.normal((5,)).tolist() == drawn
-    again.step += 1
-    again.seed()
+    again.begin_step()
     assert mx.random.normal((5,)).tolist() != drawn
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["loss"] for line in lines] == [1.0, 2.0]
+    assert [json.loads(line)["loss"] for line in lines] == [2.5, 2.6]
     assert "resuming at step 2 of 10" in capsys.readouterr().out
 
 
 def test_an_unfinished_run_is_neither_overwritten_nor_resumed_with_other_settings(
     config, tiny_qwen3
 ):
+    config.training.save_steps = 1
     with Run(config, "sft", 10, resume=False, overwrite=False) as run:
-        run.step = 4
-        run.keep(*trained(tiny_qwen3))
-        run.save()
-    with pytest.raises(ValueError, match=r"unfinished run at step 4: go on with --resume, or"):
+        run.begin_step()
+        finish(run, *trained(tiny_qwen3))
+    with pytest.raises(ValueError, match=r"unfinished run at step 1; .*--resume.*--overwrite"):
         Run(config, "sft", 10, resume=False, overwrite=False)
     config.training.epochs = 9
     with pytest.raises(ValueError, match="the configuration differs"):
@@ -218,60 +227,60 @@ def test_an_unfinished_run_is_neither_overwritten_nor_resumed_with_other_setting
 
 def test_a_run_that_never_begins_leaves_the_folder_alone(config, tiny_qwen3):
     """The model may fail to load between the two."""
+    config.training.save_steps = 1
     with Run(config, "sft", 10, resume=False, overwrite=False) as run:
-        run.step = 4
-        run.log({"loss": 1.0})
-        run.keep(*trained(tiny_qwen3))
-        run.save()
+        run.begin_step()
+        finish(run, *trained(tiny_qwen3))
     before = sorted(run.folder.rglob("*"))
     Run(config, "sft", 10, resume=False, overwrite=True)
     assert sorted(run.folder.rglob("*")) == before
 
 
-def test_an_error_in_the_midst_of_a_step_loses_no_whole_one(config, tiny_qwen3):
+def test_an_error_within_a_step_loses_no_finished_step(config, tiny_qwen3):
     model, optimizer = trained(tiny_qwen3)
     before = models.adapter_weights(model)
     run = Run(config, "grpo", 10, resume=False, overwrite=False)
-    with pytest.raises(RuntimeError, match=r"^out of memory; no new step was done$"), run:
+    with pytest.raises(RuntimeError, match=r"^out of memory; no new step was finished$"), run:
         raise RuntimeError("out of memory")
-    with pytest.raises(RuntimeError, match=r"; step 1 is saved in .*step-000001: go on"), run:
-        run.step = 1
-        run.end_step(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"; step 1 is saved in .*step-000001: .*--resume"), run:
+        run.begin_step()
+        finish(run, model, optimizer)
         later = {name: value + 1 for name, value in before.items()}
         model.load_weights(list(later.items()), strict=False)
-        run.step = 2  # updated and counted, but its held-out score fails
+        run.begin_step()  # updated and counted, but its evaluation fails
         raise RuntimeError("out of memory")
     found = run.checkpoints.latest(pytest.fail)
     assert found.step == 1 and weights_equal(found.arrays["adapters"], before)
 
 
-def test_the_best_is_kept_and_patience_ends(config, tiny_qwen3):
+def test_the_best_adapter_is_kept_and_patience_runs_out(config, tiny_qwen3):
     config.training.patience = 2
     run = Run(config, "sft", 10, resume=False, overwrite=False)
     model, _ = trained(tiny_qwen3)
     decisions = []
-    for run.step, value in enumerate([3.0, 2.0, 2.0, 1.0, 1.5, 1.2], 1):
-        decisions.append(
-            (run.consider(value, model, higher_is_better=False), run.out_of_patience())
-        )
+    for value in [3.0, 2.0, 2.0, 1.0, 1.5, 1.2]:
+        run.begin_step()
+        _, better = run.evaluate(partial(evaluation, value), model)
+        decisions.append((better, run.finished))
     assert [better for better, _ in decisions] == [True, True, False, True, False, False]
-    assert [out for _, out in decisions] == [False] * 5 + [True]
-    assert (run.best_value, run.best_step) == (1.0, 4)
-    assert run.consider(1.1, model, higher_is_better=True)
+    assert [finished for _, finished in decisions] == [False] * 5 + [True]
+    assert (run.progress.best_value, run.progress.best_step) == (1.0, 4)
+    run.stage = "grpo"  # where a higher value is better
+    assert run.evaluate(lambda: evaluation(1.1), model)[1]
 
 
 def test_the_result_of_a_run(config, tiny_qwen3):
+    config.training.save_steps = config.training.eval_steps = 1
     run = Run(config, "sft", 10, resume=False, overwrite=False)
     model, optimizer = trained(tiny_qwen3)
     adapter_config = {"fine_tune_type": "lora", "parent": "sft"}
-    run.step = 5
-    run.consider(1.0, model, higher_is_better=False)
     best = models.adapter_weights(model)
-    run.keep(model, optimizer)
-    run.save()
     later = {name: value + 1 for name, value in best.items()}
-    model.load_weights(list(later.items()), strict=False)
-    run.step = 6
+    with run:
+        for value, weights in ((1.0, best), (2.0, later)):
+            run.begin_step()
+            model.load_weights(list(weights.items()), strict=False)
+            finish(run, model, optimizer, evaluate=partial(evaluation, value))
     run.finish(model, adapter_config, {"rows": 3})
 
     folder = run.folder
@@ -280,6 +289,7 @@ def test_the_result_of_a_run(config, tiny_qwen3):
         "adapters.safetensors",
         "config.yaml",
         "last",
+        "metrics.jsonl",
         "run.json",
     ]
     assert weights_equal(mx.load(str(folder / "adapters.safetensors")), best)
@@ -288,7 +298,7 @@ def test_the_result_of_a_run(config, tiny_qwen3):
     assert json.loads((folder / "last" / "adapter_config.json").read_text())["parent"] == "../sft"
     assert load_config("sft", folder / "config.yaml")[0] == config
     result = json.loads((folder / "run.json").read_text())
-    assert (result["steps"], result["best_step"], result["best_value"]) == (6, 5, 1.0)
+    assert (result["steps"], result["best_step"], result["best_value"]) == (2, 1, 1.0)
     assert result["rows"] == 3 and result["versions"].keys() >= {"python", "mlx", "mlx-lm"}
 
 
@@ -304,58 +314,42 @@ def test_metrics_are_json_whatever_the_numbers(config):
     }
 
 
-def test_when_a_checkpoint_is_due(config):
+def test_a_checkpoint_is_due_by_steps_or_by_minutes(config, tiny_qwen3):
     config.training.save_steps = 4
-    run = Run(config, "sft", 10, resume=False, overwrite=False)
-    due = []
-    for run.step in range(1, 10):
-        due.append(run.save_due())
-    assert due == [step % 4 == 0 for step in range(1, 10)]
-    config.training.save_interval_minutes = 10.0
-    run.last_save -= 599
-    assert not run.save_due()
-    run.last_save -= 2
-    assert run.save_due()
+    model, optimizer = trained(tiny_qwen3)
+    with Run(config, "sft", 20, resume=False, overwrite=False) as run:
+        for _ in range(9):
+            run.begin_step()
+            finish(run, model, optimizer)
+        assert run.checkpoints.steps() == [8, 4]
+        config.training.save_interval_minutes = 10.0
+        for passed, saved in ((590, False), (20, True)):
+            run.last_save -= passed
+            run.begin_step()
+            finish(run, model, optimizer)
+            assert (run.checkpoints.steps()[0] == run.step) == saved
 
 
-HEALTHY = {
-    "kl": 0.2,
-    "frac_reward_zero_std": 0.25,
-    "completions/clipped_ratio": 0.1,
-    "completions/mean_length": 60.0,
-}
+def test_a_step_that_is_not_finite_ends_the_run_with_its_rows(config, tiny_qwen3):
+    with Run(config, "sft", 10, resume=False, overwrite=False) as run:
+        run.begin_step()
+        with pytest.raises(ValueError, match=r"loss not finite at step 1 \(rows rows.jsonl:1\)"):
+            finish(run, *trained(tiny_qwen3), loss=math.nan)
+    assert not_finite({"loss": 1.0, "kl": math.inf, "grad_norm": math.nan}) == ["kl", "grad_norm"]
 
 
-@pytest.mark.parametrize(
-    ("trouble", "named"),
-    [
-        ({"kl": 1.1}, "the KL to the SFT model is running away: lower learning_rate"),
-        ({"frac_reward_zero_std": 1.0}, "every group has equal rewards"),
-        ({"completions/clipped_ratio": 1.0}, "every completion was cut off"),
-        ({"completions/mean_length": 19.0}, "under a third of their first length"),
-    ],
-)
-def test_what_ruins_a_run_is_named_once(config, capsys, trouble, named):
-    run = Run(config, "grpo", 10, resume=False, overwrite=False)
-    for run.step, record in enumerate([HEALTHY, HEALTHY | trouble, HEALTHY | trouble], 1):
-        run.watch(record)
-    [warning] = capsys.readouterr().err.splitlines()
-    assert warning.startswith("warning: step 2: ") and named in warning
-
-
-def test_a_signal_waits_for_the_end_of_the_step(config, capsys):
+def test_a_signal_waits_for_the_end_of_the_step(config, tiny_qwen3, capsys):
     before = signal.getsignal(signal.SIGTERM)
     run = Run(config, "sft", 10, resume=False, overwrite=False)
-    with run:
-        assert run.signum is None
+    with pytest.raises(Interrupted, match=r"saved in .*python train\.py sft --resume") as stop, run:
+        run.begin_step()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert run.signum == signal.SIGTERM
+        assert run.stop.received == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) is before  # a second one acts at once
+        finish(run, *trained(tiny_qwen3))
+    assert stop.value.signum == signal.SIGTERM and run.checkpoints.steps() == [1]
     assert signal.getsignal(signal.SIGTERM) is before
     assert "stopping after this step" in capsys.readouterr().err
-    stop = run.interrupted(run.signum, Path("there"))
-    assert isinstance(stop, Interrupted) and stop.signum == signal.SIGTERM
-    assert "saved in there" in str(stop) and "python train.py sft --resume" in str(stop)
 
 
 def test_an_output_that_cannot_be_written(config, tmp_path):

@@ -13,15 +13,8 @@ from mlx_lm.tuner import trainer
 from expander import model as models
 from expander.prompt import render_prompt
 from expander.rows import load_rows
-from expander.train.sft import (
-    LENGTH_STEP,
-    Batches,
-    Row,
-    collate,
-    completion_loss,
-    tokenize,
-    validate,
-)
+from expander.train.batches import LENGTH_STEP, Batches, Row, collate, tokenize
+from expander.train.sft import completion_loss, validate
 
 END = 2
 
@@ -308,17 +301,17 @@ def test_rows_are_prompt_and_target_and_longer_ones_are_counted(tiny_qwen3, rows
     tokenizer = models.load_tokenizer(tiny_qwen3)
     examples = load_rows(str(rows)).train
     prompts = [tokenizer.encode(render_prompt(e.query), add_special_tokens=False) for e in examples]
-    every, none_left_out = tokenize(examples, prompts, tokenizer, True, 10_000)
-    assert (len(every), none_left_out) == (24, 0)
+    every = tokenize(examples, prompts, tokenizer, True, 10_000)
+    assert len(every) == 24
     for example, row in zip(examples, every, strict=True):
         text = tokenizer.decode(row.ids)
         assert text.startswith(render_prompt(example.query)) and text.endswith("\n<|im_end|>")
         assert tokenizer.decode(row.ids[: row.start]) == render_prompt(example.query)
         assert row.ids[-1] == models.end_token(tokenizer) and row.source == example.source
-    bare, _ = tokenize(examples, prompts, tokenizer, False, 10_000)
+    bare = tokenize(examples, prompts, tokenizer, False, 10_000)
     assert not tokenizer.decode(bare[0].ids).endswith("\n<|im_end|>")
 
     lengths = sorted(len(row.ids) for row in every)
-    some, left_out = tokenize(examples, prompts, tokenizer, True, lengths[9])
+    some = tokenize(examples, prompts, tokenizer, True, lengths[9])
     assert max(len(row.ids) for row in some) == lengths[9]
-    assert left_out == sum(n > lengths[9] for n in lengths) and len(some) + left_out == 24
+    assert len(some) == sum(n <= lengths[9] for n in lengths)

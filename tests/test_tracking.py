@@ -93,9 +93,9 @@ def test_nothing_is_tracked_unless_asked_for(calls, tmp_path):
 def test_a_tracker_gets_what_metrics_jsonl_gets(to, calls, tmp_path):
     asked_for = config(tmp_path, f"tracking.to={to}", "tracking.run_name=mine {day}")
     with Run(asked_for, "sft", 2, resume=False, overwrite=False) as run:
-        run.step = 1
+        run.begin_step()
         run.log({"loss": 1.5, "norm": float("nan"), "lr": 0.0})
-        run.step = 2
+        run.begin_step()
         run.log({"loss": 1.0})
     [init, *logged, finish] = calls()
     arguments = init[1]
@@ -108,18 +108,18 @@ def test_a_tracker_gets_what_metrics_jsonl_gets(to, calls, tmp_path):
 
 
 @pytest.mark.parametrize("to", ["trackio", "wandb"])
-def test_a_resumed_run_goes_on_where_it_was(to, calls, tmp_path):
+def test_a_resumed_run_continues_the_same_tracked_run(to, calls, tmp_path):
     """Found by the name it got when it started, or by the tracker's id."""
     asked_for = config(tmp_path, f"tracking.to={to}", "tracking.project=expander")
     model = NoModel()
     with Run(asked_for, "sft", 2, resume=False, overwrite=False) as run:
         run.tracker.place["name"] = "sft 2026-03-01 04:05"
-        run.step = 1
-        run.keep(model, model)
-        run.save()
+        run.begin_step()
+        run._remember_step(model, model)
+        run._save()
     calls()
     resumed = Run(asked_for, "sft", 2, resume=True, overwrite=False)
-    resumed.restore(model, model)
+    resumed._restore(model, model)
     with resumed:
         pass
     [[_, arguments], *_] = calls()
@@ -146,7 +146,8 @@ def test_a_tracker_that_fails_is_named_once_and_left_alone(
     monkeypatch.setenv("FAIL", fail)
     asked_for = config(tmp_path, "tracking.to=trackio")
     with Run(asked_for, "sft", 2, resume=False, overwrite=False) as run:
-        for run.step in (1, 2):
+        for _ in range(2):
+            run.begin_step()
             run.log({"loss": 1.0})
     assert names(calls()) == told
     assert capsys.readouterr().err == (

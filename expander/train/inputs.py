@@ -1,18 +1,24 @@
-"""What a run starts from: rows, prompts, the SFT adapter; and a dry run's account of them."""
+"""Training inputs: rows, prompts and the SFT adapter; and what `--dry-run` reports about them."""
 
 import random
-import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from expander.config import Config, to_yaml
+from expander.model import ADAPTER_CONFIG, Chain, ModelError, read_chain
+from expander.prompt import encode_prompt
+from expander.qmd import QMD_SYSTEM_PROMPT
+from expander.rows import Example, Rows, load_rows, local_files, looks_local
+from expander.train import distributed
+from expander.train.memory import preflight
+
+Prompt = tuple[str, list[int]]  # the query, and the ids of the prompt that asks for its expansion
 
 
-def read_rows(config: Config):
-    """The data set's rows, split, as the configuration asks."""
-    from expander.rows import load_rows
-
+def read_rows(config: Config, prefix: str = "") -> Rows:
+    """Load and split the rows of `dataset.name`, and print their counts."""
     data = config.dataset
-    return load_rows(
+    rows = load_rows(
         data.name,
         split=data.split,
         text_field=data.text_field,
@@ -21,47 +27,74 @@ def read_rows(config: Config):
         max_samples=data.max_samples,
         seed=config.training.seed,
     )
+    print(f"{prefix}{data.name}: {rows.summary()}")
+    return rows
 
 
-def encode_prompts(examples, config: Config, tokenizer) -> list[tuple[str, list[int]]]:
-    """(query, prompt ids) of each example; the query travels along, never parsed back out."""
-    from expander.prompt import render_prompt
-    from expander.qmd import QMD_SYSTEM_PROMPT
+def nothing_to_train_on(config: Config) -> ValueError:
+    return ValueError(f"dataset.name {config.dataset.name}: no row is left to train on")
 
-    rng, pairs = random.Random(config.training.seed), []
+
+def encode_prompts(examples: Sequence[Example], config: Config, tokenizer) -> list[Prompt]:
+    """The prompt of each example, next to its query, which is never parsed back out."""
+    data, rng, prompts = config.dataset, random.Random(config.training.seed), []
     for example in examples:
-        # QMD sends its system turn with every query; this share of the prompts shows it.
-        share = config.dataset.qmd_system_prompt_share
-        system = QMD_SYSTEM_PROMPT if rng.random() < share else None
-        intent = example.intent if config.dataset.intent else None
-        text = render_prompt(example.query, system, intent)
-        pairs.append((example.query, tokenizer.encode(text, add_special_tokens=False)))
-    return pairs
+        # QMD sends its system turn with every query; train with it on this share of the prompts.
+        system = QMD_SYSTEM_PROMPT if rng.random() < data.qmd_system_prompt_share else None
+        intent = example.intent if data.intent else None
+        prompts.append((example.query, encode_prompt(tokenizer, example.query, system, intent)))
+    return prompts
+
+
+def split_prompts(rows: Rows, config: Config, tokenizer) -> tuple[list[Prompt], list[Prompt]]:
+    """GRPO's training prompts, and the held-out prompts that choose the best adapter.
+
+    Raises:
+        ValueError: no row is left to train on.
+    """
+    prompts = encode_prompts(rows.train, config, tokenizer)
+    if not prompts:
+        raise nothing_to_train_on(config)
+    held_out = rows.validation[: config.grpo.eval_prompts]
+    return prompts, encode_prompts(held_out, config, tokenizer)
 
 
 def sft_folder(config: Config) -> Path:
+    """The folder of the SFT adapter that GRPO starts from.
+
+    Raises:
+        ValueError: it holds no adapter, or is the output folder as well.
+    """
     folder = Path(config.model.sft).expanduser()
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
-            f"model.sft {folder}: there is no SFT adapter; run python train.py sft first, or name "
-            "its folder with --set model.sft=DIR"
+            f"model.sft {folder}: no SFT adapter in this folder; run python train.py sft first, or "
+            "choose another folder with --set model.sft=DIR"
         )
     if folder.resolve() == Path(config.model.output).expanduser().resolve():
         raise ValueError(
-            f"model.output and model.sft are the same folder, {folder}: choose another"
+            f"model.output and model.sft are the same folder, {folder}; choose another output"
         )
     return folder
 
 
-def dry_run(stage: str, config: Config) -> None:
-    """Print the resolved configuration, what would be loaded and the memory that it would take.
+def report_memory(stage: str, config: Config, chain: Chain, longest: int, prefix: str = "") -> None:
+    """Print the memory estimate, and a warning if it exceeds what the device recommends.
 
-    No model is loaded; of a Hub model, config.json alone is fetched.
+    Args:
+        longest: tokens of the longest row (sft) or prompt (grpo).
     """
-    from expander import model as models
-    from expander.rows import local_files, looks_local
-    from expander.train.memory import preflight
+    line, warning = preflight(stage, config, chain, longest)
+    print(f"{prefix}{line}")
+    if warning:
+        distributed.warn(warning)
 
+
+def dry_run(stage: str, config: Config) -> None:
+    """Print the resolved configuration, what would be loaded, and the memory estimate.
+
+    No weights are loaded; for a model on the Hub, only config.json is downloaded.
+    """
     print(to_yaml(config).rstrip())
     base, data = config.model.base, config.dataset.name
     start = base if stage == "sft" else str(sft_folder(config))
@@ -70,17 +103,14 @@ def dry_run(stage: str, config: Config) -> None:
     else:
         print(f"# base: {base} ({'local folder' if Path(base).expanduser().is_dir() else 'Hub'})")
     if local_files(data) or looks_local(data):
-        print(f"# data: {data}: {read_rows(config).summary()}")
+        read_rows(config, prefix="# data: ")
     else:
         print(f"# data: {data} (Hub)")
     print(f"# result: {config.model.output}")
     try:
-        chain = models.read_chain(start, files=["config.json"])
-        # Nothing is tokenised yet: rows may be as long as allowed, a query's prompt is short.
+        chain = read_chain(start, files=["config.json"])
+        # Nothing is tokenised yet: assume rows as long as allowed, and short queries.
         longest = config.training.max_length if stage == "sft" else 64
-        memory, warning = preflight(stage, config, chain, longest)
-    except models.ModelError as error:
-        memory, warning = f"memory: not estimated: {error}", None
-    print(f"# {memory}")
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
+        report_memory(stage, config, chain, longest, prefix="# ")
+    except ModelError as error:
+        print(f"# memory: not estimated: {error}")

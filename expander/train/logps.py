@@ -1,4 +1,7 @@
-"""Log-probabilities of completions, with their gradients: every prompt computed once."""
+"""Log-probabilities of completions and their gradients, without keeping logits.
+
+Each prompt is computed once for all completions of its group.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -6,9 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from expander.model import hidden_states, lm_head
-from expander.train.rollout import Rollout
 
-# Logits of one chunk of token_logps, in numbers: 64 MiB of float32.
+# Logits per chunk of token_logps: 64 MiB in float32.
 LOGIT_BUDGET = 1 << 24
 
 
@@ -22,9 +24,9 @@ def token_logps(
 ) -> tuple[mx.array, mx.array | None]:
     """log softmax(head(hidden) / T) at the targets, in float32, without keeping the logits.
 
-    The head is frozen, so the gradient to `hidden`, head^T (onehot - softmax) / T, is computed
-    beside the value, chunk by chunk, and attached by a term that is zero: only N × D numbers stay
-    for the backward pass, whatever the vocabulary.
+    The head is frozen, so the gradient with respect to `hidden`, head^T (onehot - softmax) / T, is
+    computed together with the value, chunk by chunk, and attached through a term that is zero. Only
+    N × D numbers are kept for the backward pass, whatever the size of the vocabulary.
 
     Args:
         hidden: (N, D), the states that predict the targets.
@@ -32,7 +34,7 @@ def token_logps(
         head: (n, D) → (n, V), linear and without trainable parameters.
 
     Returns:
-        (N,) log-probabilities, and the (N,) entropies in nats (no gradient) when asked for.
+        (N,) log-probabilities, and (N,) entropies in nats (no gradient) or None if not requested.
     """
     vocabulary = head(hidden[:1]).shape[-1]
     chunk = max(1, LOGIT_BUDGET // vocabulary)
@@ -42,7 +44,7 @@ def token_logps(
         ids = targets[start : start + chunk, None]  # (n, 1)
         frozen = mx.stop_gradient(h)
         if done:
-            # MLX evaluates breadth first: without an order it would hold the logits of all chunks.
+            # MLX evaluates breadth first: without this order, all chunks' logits would be held at once.
             [frozen] = mx.depends([frozen], done)
         scaled = head(frozen).astype(mx.float32)  # (n, V)
         if temperature != 1.0:
@@ -71,7 +73,7 @@ def token_logps(
 def pad(
     rows: Sequence[Sequence[int]], left: bool = False, to: int = 1
 ) -> tuple[mx.array, mx.array]:
-    """Rows of ids as one (B, T) array and its 0/1 mask; T is rounded up to a multiple of `to`.
+    """Pad rows of ids to one (B, T) array with its 0/1 mask; T is rounded up to a multiple of `to`.
 
     >>> ids, mask = pad([[5, 6, 7], [8]])
     >>> ids.tolist(), mask.tolist()
@@ -92,8 +94,8 @@ def pad(
 class PromptCache:
     """One layer's keys and values of left-padded prompts, repeated for their completions.
 
-    Unlike mlx-lm's caches it keeps nothing between calls but the prompts and writes nothing in
-    place, so gradients flow through the prompts and a call can be compiled.
+    Unlike mlx-lm's caches it stores only the prompts and updates nothing in place, so gradients flow
+    through the prompts and a call can be compiled.
     """
 
     def __init__(self, padding: mx.array):
@@ -111,7 +113,7 @@ class PromptCache:
         )
 
     def repeat(self, rows: mx.array) -> None:
-        """Row i becomes the prompt `rows[i]`, ready for completions."""
+        """Make row i a copy of prompt `rows[i]`, ready for its completion."""
         self.offset = (self.offset + self.keys.shape[2])[rows]
         self.keys, self.values, self.padding = (
             self.keys[rows],
@@ -120,7 +122,7 @@ class PromptCache:
         )
 
     def make_mask(self, length: int, **_) -> mx.array:
-        """(B, 1, length, prompt + length): causal, and blind to the prompts' padding."""
+        """(B, 1, length, prompt + length): causal, without the padding of prompts."""
         before = 0 if self.keys is None else self.keys.shape[2]
         column = mx.arange(before + length)
         causal = column[None] <= (before + mx.arange(length))[:, None]
@@ -130,11 +132,11 @@ class PromptCache:
 def completion_states(
     model: nn.Module, prompts: mx.array, padding: mx.array, rows: mx.array, completions: mx.array
 ) -> mx.array:
-    """The states that predict each completion token, every prompt computed once.
+    """The hidden states that predict each completion token; each prompt is computed once.
 
     Args:
-        prompts: (P, S) left-padded ids; padding: (P,) pads of each.
-        rows: (B,) the prompt of each completion.
+        prompts: (P, S) left-padded ids; padding: (P,) pad tokens of each.
+        rows: (B,) index of the prompt of each completion.
         completions: (B, T) right-padded ids.
 
     Returns:
@@ -150,40 +152,32 @@ def completion_states(
     return mx.concatenate([last[rows], following], axis=1)
 
 
-def remember_logps(
-    model: nn.Module, batches: Sequence[Sequence[Rollout]], temperature: float, name: str
-) -> None:
-    """Set `name` ("ref_logps" or "old_logps") of every rollout from the model as it is now."""
-    for batch in batches:
-        logps, _, _ = completion_logps(model, batch, temperature, with_gradient=False)
-        mx.eval(logps)
-        for rollout, row in zip(batch, logps, strict=True):
-            setattr(rollout, name, row[: len(rollout.tokens)])
-
-
-def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:
-    """(T_i,) arrays as one (B, width); None where the first is None."""
-    if rows[0] is None:
-        return None
-    return mx.stack([mx.pad(row, (0, width - row.size)) for row in rows])
-
-
 def completion_logps(
     model: nn.Module,
-    rollouts: Sequence[Rollout],
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
     temperature: float,
     with_entropy: bool = False,
     with_gradient: bool = True,
 ) -> tuple[mx.array, mx.array, mx.array | None]:
-    """(logps, mask, entropies) of completions given their prompts, each (B, T) float32."""
-    unique = list({tuple(r.prompt): None for r in rollouts})
-    prompts, prompt_mask = pad(unique, left=True, to=8)
-    rows = mx.array([unique.index(tuple(r.prompt)) for r in rollouts])
-    tokens, mask = pad([r.tokens for r in rollouts], to=8)  # (B, T)
-    padding = prompts.shape[1] - prompt_mask.sum(axis=1)
-    states = completion_states(model, prompts, padding, rows, tokens)
+    """Log-probabilities of B completions, each given its prompt.
+
+    Args:
+        prompts: B lists of token ids; equal ones are computed once.
+        completions: B lists of token ids, the end token included.
+
+    Returns:
+        logps, mask and entropies (None unless requested), each (B, T) float32 except the mask,
+        where T is the longest completion rounded up to a multiple of 8.
+    """
+    unique = list(dict.fromkeys(map(tuple, prompts)))
+    padded, prompt_mask = pad(unique, left=True, to=8)  # (P, S)
+    rows = mx.array([unique.index(tuple(prompt)) for prompt in prompts])  # (B,)
+    tokens, mask = pad(completions, to=8)  # (B, T)
+    padding = padded.shape[1] - prompt_mask.sum(axis=1)  # (P,)
+    states = completion_states(model, padded, padding, rows, tokens)  # (B, T, D)
     # The head sees real completion positions only.
-    where = mx.array([i for i, m in enumerate(mask.flatten().tolist()) if m])
+    where = mx.array([i for i, m in enumerate(mask.flatten().tolist()) if m])  # (N,)
     flat, entropy = token_logps(
         states.reshape(-1, states.shape[-1])[where],
         tokens.flatten()[where],
@@ -193,7 +187,7 @@ def completion_logps(
         with_gradient,
     )
 
-    def spread(values: mx.array) -> mx.array:
+    def unflatten(values: mx.array) -> mx.array:
         return mx.zeros(mask.size).at[where].add(values).reshape(mask.shape)
 
-    return spread(flat), mask, None if entropy is None else spread(entropy)
+    return unflatten(flat), mask, None if entropy is None else unflatten(entropy)

@@ -1,17 +1,17 @@
-"""The maths of GRPO: advantages, log-probabilities, loss, padding. Arrays in, arrays out.
+"""The GRPO loss and its advantages: arrays in, arrays out.
 
 The formulas are TRL's forms of GRPO (Shao et al. 2024, arXiv:2402.03300), Dr. GRPO (Liu et al. 2025,
 arXiv:2503.20783), DAPO (Yu et al. 2025, arXiv:2503.14476) and, for level="sequence", GSPO (Zheng et
 al. 2025, arXiv:2507.18071). Left out on purpose: a value model, a learned reward model, a second
-copy of the weights as reference (the LoRA layers are taken out instead), importance sampling
-correction (the same weights in the same dtype sample and train).
+copy of the weights as the reference (the LoRA layers are switched off instead), and importance
+sampling correction (sampling and training use the same weights in the same dtype).
 """
 
 import mlx.core as mx
 
 
 def sample_std(rewards: mx.array) -> mx.array:
-    """The standard deviation of each row with ddof 1, as PyTorch's; 0 for a row of one. (P, G) → (P,)."""
+    """The standard deviation of each row, (P, G) → (P,), with ddof 1 as in PyTorch; 0 if G is 1."""
     centred = rewards - rewards.mean(axis=1, keepdims=True)
     return mx.sqrt((centred**2).sum(axis=1) / max(rewards.shape[1] - 1, 1))
 
@@ -20,11 +20,15 @@ def group_advantages(rewards, scale: str = "group") -> mx.array:
     """A = (r - mean of its group) / (std + 1e-4), with TRL's sample standard deviation (ddof 1).
 
     Args:
-        rewards: (P, G), one row a prompt.
-        scale: "group" divides by the group's std, "batch" by that of all rewards, "none" by nothing.
+        rewards: (P, G), one row per prompt.
+        scale: "group" divides by the std of the group, "batch" by the std of all rewards, "none" does
+            not divide.
 
     Returns:
-        (P, G) float32. A group of equal rewards, or of one, has advantages 0.
+        (P, G) float32. Equal rewards, or a group of one, give advantages of 0.
+
+    Raises:
+        ValueError: an unknown scale.
     """
     rewards = mx.array(rewards, dtype=mx.float32)
     centred = rewards - rewards.mean(axis=1, keepdims=True)
@@ -54,23 +58,23 @@ def grpo_loss(
     normalizer: float | mx.array | None = None,
     max_completion_length: int | None = None,
 ) -> tuple[mx.array, dict[str, mx.array]]:
-    """The clipped surrogate with a k3 penalty towards the reference.
+    """The clipped surrogate objective with a k3 estimate of the KL to the reference.
 
         ρ = exp(ℓ - ℓ_old), or the exponential of its masked mean over the sequence
         L = -min(ρ A, clip(ρ, 1 - ε_low, 1 + ε_high) A) + β (exp(ℓ_ref - ℓ) - (ℓ_ref - ℓ) - 1)
 
     Args:
-        logps: (B, T) ℓ of the completion tokens.
+        logps: (B, T) log-probabilities ℓ of the completion tokens.
         mask: (B, T), 1 up to and including the end token, 0 on padding.
         advantages: (B,).
-        old_logps: (B, T) ℓ at sampling time; None when the rollout is used once (ρ is then 1).
-        ref_logps: (B, T) ℓ of the reference; needed when beta is above 0.
-        loss_type: how L is averaged: "grpo" per sequence, then over sequences; "bnpo" over the
-            active tokens of this batch; "dr_grpo" over B × max_completion_length; "dapo" over
-            `normalizer`.
+        old_logps: (B, T) ℓ at sampling time; None if the rollout is used once (ρ is then 1).
+        ref_logps: (B, T) ℓ of the reference; required if beta is above 0.
+        loss_type: how L is averaged: "grpo" within each sequence, then over sequences; "bnpo" over
+            the active tokens of this batch; "dr_grpo" over B × max_completion_length; "dapo"
+            over `normalizer`.
         level: "token" or "sequence", the level of ρ.
-        normalizer: dapo's active tokens of the whole generation batch; None takes this batch's.
-        max_completion_length: dr_grpo's constant; None takes T.
+        normalizer: for dapo, the active tokens of the whole generation batch (default: this batch).
+        max_completion_length: for dr_grpo (default: T).
 
     Returns:
         The loss, and sums over active tokens for metrics: "tokens", "kl", "clip_low", "clip_high".
@@ -80,7 +84,7 @@ def grpo_loss(
     """
     mask = mask.astype(mx.float32)
     length = mx.maximum(mask.sum(axis=1), 1.0)  # (B,)
-    # Padding may hold anything, infinities too: it must not reach exp, nor 0 × inf the sum.
+    # Padding may hold any value, even inf: keep it out of exp, and 0 × inf out of the sum.
     active = mask > 0
     logps = mx.where(active, logps.astype(mx.float32), 0.0)
     old = mx.stop_gradient(logps) if old_logps is None else mx.where(active, old_logps, 0.0)
@@ -105,7 +109,7 @@ def grpo_loss(
     }
     if beta:
         if ref_logps is None:
-            raise ValueError("beta is above 0: ref_logps are needed")
+            raise ValueError("beta is above 0, so ref_logps are required")
         gap = mx.where(active, ref_logps, 0.0) - logps
         kl = (mx.exp(gap) - gap - 1.0) * mask
         per_token = per_token + beta * kl

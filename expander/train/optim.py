@@ -10,10 +10,10 @@ from expander.config import Training
 
 
 def schedule(training: Training, total: int):
-    """The learning rate at a 0-based optimiser step, as Hugging Face's schedulers give it.
+    """The learning rate at each 0-based optimiser step, as in Hugging Face's schedulers.
 
-    It rises linearly from 0 over ceil(warmup_ratio * total) steps, then falls to 0 as a half cosine
-    or a line, or stays.
+    It rises linearly from 0 over ceil(warmup_ratio * total) steps, then decays to 0 along a half
+    cosine or a line, or stays constant.
     """
     warmup = math.ceil(training.warmup_ratio * total)
 
@@ -31,9 +31,9 @@ def schedule(training: Training, total: int):
 
 
 class AdamW(optim.AdamW):
-    """AdamW as PyTorch's (bias correction on), with gradients clipped by their global norm.
+    """AdamW as in PyTorch (with bias correction), with gradients clipped by their global norm.
 
-    The norm before clipping is left in state["grad_norm"]. A `max_grad_norm` of 0 clips nothing.
+    state["grad_norm"] holds the norm before clipping. A `max_grad_norm` of 0 disables clipping.
     """
 
     def __init__(self, training: Training, total: int):

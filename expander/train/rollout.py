@@ -1,4 +1,8 @@
-"""Sampled completions: drawn in groups, measured, batched for the update."""
+"""Rollouts: completions sampled in groups, scored, and batched for the update.
+
+Every function here takes and returns the rollouts of the whole step; ranks divide the work among
+themselves and exchange the results.
+"""
 
 import dataclasses
 from collections.abc import Sequence
@@ -6,106 +10,90 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
-from expander.config import Grpo
-from expander.decode import Completion, TemperatureSampler, generate
+from expander.config import Config
+from expander.decode import TemperatureSampler, generate, random_keys
 from expander.train import distributed
-from expander.train.loss import sample_std
-from expander.train.rewards import PENALTIES
-from reward import parse_expansion, score_expansion, score_expansion_detailed
-
-
-class RewardError(ValueError):
-    """The reward of a completion could not be computed."""
+from expander.train.inputs import Prompt
+from expander.train.logps import completion_logps
+from expander.train.loss import group_advantages, sample_std
+from reward import parse_expansion
 
 
 @dataclass
 class Rollout:
-    """One sampled completion with everything that training needs to know of it."""
+    """One sampled completion and what training knows about it."""
 
     query: str
     prompt: list[int]
     tokens: list[int]  # as sampled, the end token included
-    finished: bool  # False: cut off at the limit
+    finished: bool  # False: cut off at the token limit
     text: str
-    rubric: float = 0.0  # what is reported
+    rubric: float = 0.0  # the reported score, 0 to 1
     penalties: dict[str, float] = field(default_factory=dict)
-    reward: float = 0.0  # what is optimised: the rubric less the weighted penalties
+    reward: float = 0.0  # what is optimised: the base reward less the weighted penalties
     advantage: float = 0.0
     old_logps: mx.array | None = field(default=None, repr=False)  # (T,)
     ref_logps: mx.array | None = field(default=None, repr=False)  # (T,)
 
 
-def roll_out(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[tuple[str, list[int]]],
-    *,
-    keys: np.ndarray,
-    max_tokens: int,
-    temperature: float,
-    end: int,
-    batch_size: int,
+def sample(
+    model: nn.Module, tokenizer, prompts: Sequence[Prompt], config: Config, *, step: int, end: int
 ) -> list[Rollout]:
-    """Completions of each (query, prompt ids) pair, in the order of the pairs.
+    """`grpo.num_generations` completions per prompt, in the order of the prompts.
+
+    The random numbers of a completion depend on the seed, the step and its index only, so any
+    number of ranks samples the same completions.
 
     Args:
-        keys: (P, G, 2), a random key for each of the G completions of each pair.
+        step: 0-based optimiser step.
+        end: the id of the end token.
     """
+    group = config.grpo.num_generations
+    names = [f"{step} {i}" for i in range(len(prompts) * group)]
+    keys = random_keys(names, config.training.seed).reshape(-1, group, 2)
+    sampler = TemperatureSampler(
+        config.generation.temperature, distributed.share_out(keys).reshape(-1, 2)
+    )
+    model.eval()
+    return complete(model, tokenizer, prompts, config, end=end, samples=group, sampler=sampler)
+
+
+def complete(
+    model: nn.Module, tokenizer, prompts: Sequence[Prompt], config: Config, *, end: int, **options
+) -> list[Rollout]:
+    """Completions of (query, prompt ids) pairs; greedy and one per prompt unless `options`
+    (`samples` and `sampler` of `generate`) say otherwise."""
+    prompts = distributed.share_out(prompts)
     completions = generate(
         model,
         [ids for _, ids in prompts],
-        samples=keys.shape[1],
-        max_tokens=max_tokens,
+        max_tokens=config.grpo.max_completion_length,
         end=end,
-        sampler=TemperatureSampler(temperature, keys.reshape(-1, 2)),
-        batch_size=batch_size,
+        batch_size=config.grpo.rollout_batch_size,
+        **options,
     )
-    repeated = [pair for pair in prompts for _ in range(keys.shape[1])]
-    return _rollouts(repeated, completions, tokenizer)
-
-
-def _rollouts(
-    prompts: Sequence[tuple[str, list[int]]], completions: Sequence[Completion], tokenizer
-) -> list[Rollout]:
-    """Each (query, prompt ids) pair with its completion."""
-    return [
+    repeated = [prompt for prompt in prompts for _ in range(options.get("samples", 1))]
+    rollouts = [
         Rollout(query, ids, c.tokens, c.finished, c.text(tokenizer))
-        for (query, ids), c in zip(prompts, completions, strict=True)
+        for (query, ids), c in zip(repeated, completions, strict=True)
     ]
-
-
-def exchange(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts of all ranks, on each of them, in the order of the prompts."""
     return [Rollout(**r) for r in distributed.collect(list(map(dataclasses.asdict, rollouts)))]
 
 
-def set_rewards(rollouts: Sequence[Rollout], settings: Grpo) -> None:
-    """Set rubric, penalties and reward of every rollout; penalties of weight 0 are not computed.
-
-    Raises:
-        RewardError: the rubric or a penalty failed.
-    """
-    weights = {name: w for name, w in dataclasses.asdict(settings.penalties).items() if w}
-    for r in rollouts:
-        try:
-            r.rubric = score_expansion_detailed(r.query, r.text)["percentage"] / 100
-            base = r.rubric if settings.reward == "percentage" else score_expansion(r.query, r.text)
-            r.penalties = {name: PENALTIES[name](r.query, r.text, r.finished) for name in weights}
-        except Exception as error:  # a rubric changed for a project of its own may raise any
-            raise RewardError(
-                f"the reward of query {r.query!r}, completion {r.text!r}, failed: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        r.reward = base - sum(weights[name] * amount for name, amount in r.penalties.items())
+def set_advantages(rollouts: Sequence[Rollout], group: int, scale: str) -> None:
+    """Set each rollout's advantage from its reward and those of its group of `group` rollouts."""
+    rewards = mx.array([r.reward for r in rollouts]).reshape(-1, group)
+    advantages = group_advantages(rewards, scale).flatten().tolist()
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        rollout.advantage = advantage
 
 
 def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
-    """Batches of rollouts of like length, each of at most `tokens` with its padding (or one row)."""
+    """Batches of rollouts of similar length, each of at most `tokens` with padding (or one row)."""
     batches: list[list[Rollout]] = []
     for rollout in sorted(rollouts, key=lambda r: len(r.tokens)):
-        # Sorted: this row is the longest so far and sets the width.
+        # Sorted, so this row is the longest so far and sets the width.
         if batches and (len(batches[-1]) + 1) * len(rollout.tokens) <= tokens:
             batches[-1].append(rollout)
         else:
@@ -113,10 +101,47 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout
     return batches
 
 
+def rank_batches(rollouts: Sequence[Rollout], config: Config) -> list[list[Rollout]]:
+    """This rank's micro-batches of the rollouts that have a gradient.
+
+    `training.batch_size` completions of full length fit into memory; of shorter ones, more do.
+    """
+    # Without a KL term, a completion that scores as its group has no gradient.
+    useful = [r for r in rollouts if config.grpo.beta or r.advantage]
+    tokens = config.training.batch_size * config.grpo.max_completion_length
+    return micro_batches(distributed.share_out(useful), tokens)
+
+
+def set_logps(
+    model: nn.Module, batches: Sequence[Sequence[Rollout]], temperature: float, name: str
+) -> None:
+    """Set `name` ("ref_logps" or "old_logps") of every rollout from the model as it is now."""
+    for batch in batches:
+        prompts, completions = [r.prompt for r in batch], [r.tokens for r in batch]
+        logps, _, _ = completion_logps(
+            model, prompts, completions, temperature, with_gradient=False
+        )
+        mx.eval(logps)
+        for rollout, row in zip(batch, logps, strict=True):
+            setattr(rollout, name, row[: len(rollout.tokens)])
+
+
+def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:
+    """(T_i,) arrays as one (B, width), padded with 0; None if the first is None."""
+    if rows[0] is None:
+        return None
+    return mx.stack([mx.pad(row, (0, width - row.size)) for row in rows])
+
+
+def active_tokens(rollouts: Sequence[Rollout], mask_truncated: bool) -> int:
+    """The number of tokens in the loss; those of truncated completions count unless masked."""
+    return sum(len(r.tokens) for r in rollouts if r.finished or not mask_truncated)
+
+
 def batch_share(
     batch: Sequence[Rollout], rollouts: Sequence[Rollout], loss_type: str, mask_truncated: bool
 ) -> float:
-    """The weight that makes the micro-batches' losses sum to the loss of all rollouts at once."""
+    """The weight with which micro-batch losses sum to the loss of all rollouts at once."""
     if loss_type == "dapo":
         return 1.0  # its normalizer counts the whole batch already
     if loss_type == "bnpo":
@@ -125,13 +150,8 @@ def batch_share(
     return len(batch) / len(rollouts)
 
 
-def active_tokens(rollouts: Sequence[Rollout], mask_truncated: bool) -> int:
-    """The tokens in the loss: those of cut-off completions count unless they are masked."""
-    return sum(len(r.tokens) for r in rollouts if r.finished or not mask_truncated)
-
-
 def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:
-    """What one rollout says of the policy, by TRL's names where it has one."""
+    """Rewards, lengths and diversity of one step's rollouts, by TRL's names where it has them."""
     rewards = mx.array([r.reward for r in rollouts]).reshape(-1, group)
     spread = sample_std(rewards)
     lengths = [len(r.tokens) for r in rollouts]
@@ -152,29 +172,3 @@ def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:
     for name in rollouts[0].penalties:
         metrics[f"penalties/{name}"] = sum(r.penalties[name] for r in rollouts) / len(rollouts)
     return metrics
-
-
-def score_greedily(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[tuple[str, list[int]]],
-    settings: Grpo,
-    end: int,
-) -> dict[str, float]:
-    """Means over greedy completions of (query, ids) pairs: "reward" (what is optimised, 0 to 1),
-    "score" (the rubric's percentage) and "truncated" (the share cut off at the limit).
-
-    The ranks share the pairs out.
-    """
-    model.eval()
-    prompts = distributed.share_out(prompts)
-    limit = settings.max_completion_length
-    completions = generate(model, [ids for _, ids in prompts], max_tokens=limit, end=end)
-    rows = _rollouts(prompts, completions, tokenizer)
-    set_rewards(rows, settings)
-    rows = exchange(rows)
-    return {
-        "reward": sum(r.reward for r in rows) / len(rows),
-        "score": 100 * sum(r.rubric for r in rows) / len(rows),
-        "truncated": sum(not r.finished for r in rows) / len(rows),
-    }

@@ -1,190 +1,249 @@
-"""Supervised fine-tuning: the loss, batches and callback that mlx-lm's LoRA trainer is given.
+"""Supervised fine-tuning: mlx-lm's LoRA trainer with our loss, batches and callback.
 
-mlx_lm.tuner.trainer.train runs the loop. Ours are: a loss over completion tokens only (the end token
-included, no padding), weighted by tokens over the whole accumulated batch; batches that hold every
-row once an epoch; and a callback that validates, logs, saves and stops.
+    python train.py sft
+
+mlx_lm.tuner.trainer.train runs the loop. Three things are ours: a loss over completion tokens only
+(the end token included, padding excluded), averaged by tokens over the accumulated batch; batches
+that hold every row once per epoch (batches.py); and a callback that validates, logs, saves and stops.
+Left out: full fine-tuning.
 """
 
-import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
+import mlx.nn as nn
+from mlx_lm.cli_ui import make_console
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.callbacks import TrainingCallback
 
-from expander.model import hidden_states, lm_head
-from expander.prompt import render_target
-from expander.rows import Example
-from expander.train.distributed import gather, share_out
+from expander.cli import duration
+from expander.config import Config
+from expander.model import (
+    end_token,
+    hidden_states,
+    lm_head,
+    load_base,
+    load_tokenizer,
+    read_chain,
+)
+from expander.queries import write_query_digests
+from expander.rows import Example, Rows
+from expander.train import distributed
+from expander.train.batches import Batch, Batches, Row, collate, tokenize
+from expander.train.inputs import encode_prompts, nothing_to_train_on, read_rows, report_memory
 from expander.train.logps import LOGIT_BUDGET, token_logps
-
-# Shapes are rounded up to these, so that a compiled step is traced only a few times.
-LENGTH_STEP, TOKEN_STEP = 8, 32
-
-
-@dataclass(frozen=True)
-class Row:
-    """One tokenised example; the loss is on ids[start:]."""
-
-    ids: list[int]
-    start: int
-    source: str
+from expander.train.memory import cache_limit
+from expander.train.optim import AdamW
+from expander.train.run import Evaluation, Run, check_output, total_steps
 
 
-def tokenize(
-    examples: Sequence[Example],
-    prompts: Sequence[list[int]],
-    tokenizer,
-    final_newline: bool,
-    max_length: int,
-) -> tuple[list[Row], int]:
-    """(rows, number of examples left out because they are over `max_length` tokens)."""
-    rows = []
-    for example, prompt in zip(examples, prompts, strict=True):
-        text = render_target(example.lines, final_newline)
-        target = tokenizer.encode(text, add_special_tokens=False)
-        if len(prompt) + len(target) <= max_length:
-            rows.append(Row(prompt + target, len(prompt), example.source))
-    return rows, len(examples) - len(rows)
-
-
-def collate(rows: Sequence[Row], normalizer: float | None = None) -> tuple[mx.array, ...]:
-    """Arrays for `completion_loss`.
+def completion_loss(model, inputs, positions, targets, weights, normalizer):
+    """Cross-entropy of the targets, for mlx-lm's trainer; the arguments are those of `collate`.
 
     Returns:
-        inputs (B, T) right-padded, where (N,) flat positions whose next token is learnt,
-        targets (N,), weights (N,) 1 or 0 (filler), normalizer ().
+        sum of the weighted losses / normalizer, and the number of targets.
     """
-    longest = max(len(row.ids) for row in rows) - 1
-    width = -(-longest // LENGTH_STEP) * LENGTH_STEP
-    inputs = np.zeros((len(rows), width), np.int32)
-    where, targets = [], []
-    for i, row in enumerate(rows):
-        inputs[i, : len(row.ids) - 1] = row.ids[:-1]
-        where += range(i * width + row.start - 1, i * width + len(row.ids) - 1)
-        targets += row.ids[row.start :]
-    filler = -len(targets) % TOKEN_STEP
-    weights = [1.0] * len(targets) + [0.0] * filler
-    normalizer = len(targets) if normalizer is None else normalizer
-    return (
-        mx.array(inputs),
-        mx.array(where + [0] * filler),
-        mx.array(targets + [0] * filler),
-        mx.array(weights),
-        mx.array(float(normalizer)),
-    )
-
-
-def empty() -> tuple[mx.array, ...]:
-    """A batch of no rows, whose loss and gradient are 0."""
-    ids = mx.array([], dtype=mx.int32)
-    return ids.reshape(0, 0), ids, ids, mx.array([]), mx.array(1.0)
-
-
-def completion_loss(model, inputs, where, targets, weights, normalizer):
-    """(sum of the negative log-likelihoods / normalizer, number of completion tokens)."""
     if not inputs.size:
         return mx.array(0.0), mx.array(0.0)
     states = hidden_states(model, inputs)  # (B, T, D)
-    chosen = states.reshape(-1, states.shape[-1])[where]  # (N, D)
+    chosen = states.reshape(-1, states.shape[-1])[positions]  # (N, D)
     logps, _ = token_logps(chosen, targets, lm_head(model))
     return -(logps * weights).sum() / normalizer, weights.sum()
 
 
-def validate(model, rows: Sequence[Row], batch_size: int) -> tuple[float, float]:
-    """Mean loss a token and share of tokens that are the model's first choice, over all rows.
+def target_sums(model, rows: Sequence[Row]) -> tuple[float, float, int]:
+    """Sums over the targets of some rows: loss, correct first choices, number."""
+    head = lm_head(model)
+    inputs, positions, targets, weights, _ = collate(rows)
+    states = hidden_states(model, inputs)  # (B, T, D)
+    chosen = states.reshape(-1, states.shape[-1])[positions]  # (N, D)
+    chunk = max(1, LOGIT_BUDGET // head(chosen[:1]).shape[-1])
+    loss = correct = 0.0
+    for start in range(0, chosen.shape[0], chunk):
+        part = slice(start, start + chunk)
+        logits = head(chosen[part]).astype(mx.float32)  # (n, V)
+        picked = mx.take_along_axis(logits, targets[part, None], axis=-1)[:, 0]
+        nll = (mx.logsumexp(logits, axis=-1) - picked) * weights[part]
+        hits = (mx.argmax(logits, axis=-1) == targets[part]) * weights[part]
+        sums = mx.stack([nll.sum(), hits.sum()]).tolist()
+        loss, correct = loss + sums[0], correct + sums[1]
+    return loss, correct, int(weights.sum().item())
 
-    The ranks share the rows out.
+
+def validate(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[float, float]:
+    """Mean loss per target, and the share of targets that are the model's first choice.
+
+    The ranks divide the rows among themselves.
     """
-    head, loss, right, tokens = lm_head(model), 0.0, 0.0, 0
     model.eval()
-    ordered = sorted(share_out(rows), key=lambda row: len(row.ids))
+    ordered = sorted(distributed.share_out(rows), key=lambda row: len(row.ids))
+    sums = (0.0, 0.0, 0)
     for first in range(0, len(ordered), batch_size):
-        inputs, where, targets, weights, _ = collate(ordered[first : first + batch_size])
-        states = hidden_states(model, inputs)
-        chosen = states.reshape(-1, states.shape[-1])[where]
-        chunk = max(1, LOGIT_BUDGET // head(chosen[:1]).shape[-1])
-        for start in range(0, chosen.shape[0], chunk):
-            part = slice(start, start + chunk)
-            logits = head(chosen[part]).astype(mx.float32)
-            picked = mx.take_along_axis(logits, targets[part, None], axis=-1)[:, 0]
-            nll = (mx.logsumexp(logits, axis=-1) - picked) * weights[part]
-            hits = (mx.argmax(logits, axis=-1) == targets[part]) * weights[part]
-            sums = mx.stack([nll.sum(), hits.sum()]).tolist()
-            loss, right = loss + sums[0], right + sums[1]
-        tokens += int(weights.sum().item())
+        batch = target_sums(model, ordered[first : first + batch_size])
+        sums = tuple(a + b for a, b in zip(sums, batch, strict=True))
     model.train()
-    loss, right, tokens = map(sum, zip(*gather((loss, right, tokens)), strict=True))
-    return loss / tokens, right / tokens
+    loss, correct, targets = map(sum, zip(*distributed.gather(sums), strict=True))
+    return loss / targets, correct / targets
 
 
-class Batches:
-    """Every row once an epoch, in an order that depends on the seed and the epoch alone.
+def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int) -> Evaluation:
+    """The validation loss, which chooses the best adapter."""
+    loss, accuracy = validate(model, rows, batch_size)
+    metrics = {"val_loss": loss, "val_token_accuracy": accuracy}
+    return Evaluation(loss, metrics, f"accuracy {accuracy:.3f}  val {loss:.4f}")
 
-    Rows of like length share a micro-batch, for little padding; a step has micro-batches of all
-    lengths, or tokens of short rows would weigh more than those of long ones. One step of an epoch
-    takes what is left. All ranks have the same steps, and each has every `ranks`-th micro-batch.
 
-    An empty batch opens each step and another closes it. The trainer compiles its step apart for the
-    first batch (there is no gradient to add to) and for the last (the optimiser's update is in it):
-    this way it traces each of these once, and not again for every shape.
+def step_batches(run: Run, batches: Batches) -> Iterator[Batch]:
+    """The batches from the run's step on; each step begins with its first batch."""
+    for number, batch in enumerate(batches(run.step)):
+        if number % batches.accumulation == 0:
+            run.begin_step()
+        # Metal kills a command that waits 5 seconds, here for the gradient of a slower rank.
+        distributed.barrier()
+        yield batch
+
+
+class Finished(Exception):
+    """Leaves the trainer's loop before its own final save, which is not atomic."""
+
+
+class StepCallback(TrainingCallback):
+    """Ends each step of mlx-lm's trainer by the run's protocol.
+
+    Raises:
+        Finished: after the last step.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        batch_size: int,
-        accumulation: int,
-        seed: int,
-        rank: int = 0,
-        ranks: int = 1,
-    ):
-        self.rows, self.seed, self.rank, self.ranks = rows, seed, rank, ranks
-        self.batch_size = batch_size
-        self.effective = batch_size * accumulation
-        self.passes = -(-accumulation // ranks)  # this rank's micro-batches a step
-        self.accumulation = self.passes + 2  # with the empty batches: what the trainer takes
-        self.steps_per_epoch = -(-len(rows) // self.effective)
-        self.current: list[Row] = []
+    def __init__(self, run: Run, model, optimizer: AdamW, batches: Batches, held_out: list[Row]):
+        self.run, self.model, self.optimizer, self.batches = run, model, optimizer, batches
+        batch_size = run.config.training.batch_size
+        self.evaluate = partial(evaluate, model, held_out, batch_size) if held_out else None
 
-    def step_rows(self, epoch: int) -> list[list[Row]]:
-        """The rows of each optimiser step of one epoch."""
-        rng = random.Random(f"{self.seed}:{epoch}")
-        order = list(self.rows)
-        rng.shuffle(order)
-        left = len(order) % self.effective
-        steps = [order[:left]] if left else []
-        window = max(self.effective, 64 // self.effective * self.effective)
-        for first in range(left, len(order), window):
-            near = sorted(order[first : first + window], key=lambda row: len(row.ids))
-            alike = [near[i : i + self.batch_size] for i in range(0, len(near), self.batch_size)]
-            count = len(near) // self.effective  # steps in this window
-            strata = [rng.sample(alike[i : i + count], count) for i in range(0, len(alike), count)]
-            steps += [list(chain(*parts)) for parts in zip(*strata, strict=True)]
-        rng.shuffle(steps)
-        return steps
+    def on_train_loss_report(self, info: dict) -> None:
+        """Called by the trainer once per optimiser step."""
+        rows, epoch = self.batches.current, self.run.step / self.batches.steps_per_epoch
+        record = {
+            "epoch": round(epoch, 4),
+            "loss": info["train_loss"],
+            "grad_norm": self.optimizer.state["grad_norm"].item(),
+            "learning_rate": info["learning_rate"],
+            "tokens": sum(row.targets for row in rows),
+            "tokens_per_second": info["tokens_per_second"],
+        }
+        self.run.finish_step(
+            record,
+            f"epoch {epoch:.2f}  loss {record['loss']:.4f}  lr {record['learning_rate']:.1e}",
+            self.model,
+            self.optimizer,
+            sources=[row.source for row in rows],
+            evaluate=self.evaluate,
+        )
+        if self.run.finished:
+            raise Finished
 
-    def micro_batches(self, rows: list[Row]) -> Iterator[tuple[mx.array, ...]]:
-        """This rank's part of one optimiser step, as `accumulation` batches.
 
-        The losses of all ranks' batches sum to the mean a token. The trainer divides the summed
-        gradients by their number: the normalizer makes up for it.
-        """
-        tokens = sum(len(row.ids) - row.start for row in rows)
-        normalizer = tokens / (self.accumulation * self.ranks)
-        ordered = sorted(rows, key=lambda row: len(row.ids))
-        parts = np.array_split(np.arange(len(ordered)), self.passes * self.ranks)
-        yield empty()
-        for part in parts[self.rank :: self.ranks]:
-            yield collate([ordered[i] for i in part], normalizer) if len(part) else empty()
-        yield empty()
+def train_steps(run: Run, model, optimizer: AdamW, batches: Batches, held_out: list[Row]) -> None:
+    """Have mlx-lm's trainer run the remaining steps."""
+    training = run.config.training
+    make_console().quiet = True  # mlx-lm's own table would repeat our lines
+    with suppress(Finished):
+        trainer.train(
+            model,
+            optimizer,
+            batches.rows,
+            args=trainer.TrainingArgs(
+                batch_size=training.batch_size,
+                iters=(run.total - run.step) * batches.accumulation,
+                steps_per_report=batches.accumulation,
+                steps_per_save=(run.total + 1) * batches.accumulation,
+                grad_checkpoint=training.gradient_checkpointing,
+                grad_accumulation_steps=batches.accumulation,
+                clear_cache_threshold=cache_limit(),
+            ),
+            loss=completion_loss,
+            iterate_batches=lambda **_: step_batches(run, batches),
+            training_callback=StepCallback(run, model, optimizer, batches, held_out),
+        )
 
-    def __call__(self, first_step: int) -> Iterator[tuple[mx.array, ...]]:
-        """Micro-batches from an optimiser step on, epoch after epoch."""
-        epoch, skip = divmod(first_step, self.steps_per_epoch)
-        while True:
-            for rows in self.step_rows(epoch)[skip:]:
-                self.current = rows
-                yield from self.micro_batches(rows)
-            epoch, skip = epoch + 1, 0
+
+def tokenize_rows(data: Rows, config: Config, tokenizer) -> tuple[list[Row], list[Row]]:
+    """Tokenised training and validation rows.
+
+    Raises:
+        ValueError: no row is left to train on.
+    """
+    limit = config.training.max_length
+
+    def encode(examples: list[Example]) -> list[Row]:
+        prompts = [ids for _, ids in encode_prompts(examples, config, tokenizer)]
+        return tokenize(examples, prompts, tokenizer, config.dataset.final_newline, limit)
+
+    rows, held_out = encode(data.train), encode(data.validation)
+    if long := len(data.train) + len(data.validation) - len(rows) - len(held_out):
+        print(f"{long} rows left out: longer than training.max_length {limit}")
+    if not rows:
+        raise nothing_to_train_on(config)
+    return rows, held_out
+
+
+def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
+    """Run `python train.py sft`: from the base model to outputs/sft."""
+    training = config.training
+    check_output(config)
+    data = read_rows(config)
+    chain = read_chain(config.model.base)
+    if chain.adapters:
+        raise ValueError(f"model.base {config.model.base}: an adapter folder; name a base model")
+    tokenizer = load_tokenizer(chain.path)
+    end_token(tokenizer)
+    rows, held_out = tokenize_rows(data, config, tokenizer)
+    batches = Batches(
+        rows,
+        training.batch_size,
+        training.gradient_accumulation_steps,
+        training.seed,
+        distributed.rank(),
+        distributed.size(),
+    )
+    run = Run(config, "sft", total_steps(config, batches.steps_per_epoch), resume, overwrite)
+    report_memory("sft", config, chain, max(len(row.ids) for row in rows))
+    distributed.check_same(
+        configuration=run.config_text,
+        data=[row.ids for row in rows + held_out],
+        model=chain.revision,
+    )
+
+    mx.random.seed(training.seed)
+    model = load_base(chain.path, config.model.bits)
+    adapter_config, optimizer = run.add_adapter(model)
+    print(
+        f"SFT of {config.model.base}: {len(rows)} rows, {run.total} steps of {batches.effective}, "
+        f"{mx.default_device()}"
+    )
+    with run:
+        if not run.finished:
+            train_steps(run, model, optimizer, batches, held_out)
+
+    if not distributed.is_main():
+        return
+    write_query_digests(run.folder, [example.query for example in data.train])
+    source = {"stage": "sft", "model": config.model.base, "revision": chain.revision}
+    run.finish(
+        model,
+        adapter_config | source | {"quantize_bits": config.model.bits},
+        {
+            "rows": len(rows),
+            "validation_rows": len(held_out),
+            "best_is": "lowest validation loss" if held_out else "the last step",
+        },
+    )
+    progress = run.progress
+    why = "the last step"
+    if held_out:
+        why = f"validation loss {progress.best_value:.4f} at step {progress.best_step}"
+    print(f"{run.folder}: adapter of {why}, {duration(run.elapsed())}")
+    option = "" if run.folder == Path("outputs/sft") else f" --set model.sft={run.folder}"
+    print(f"next: python train.py grpo{option}")

@@ -20,11 +20,10 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from expander import model as models
-from expander.config import Config, Dataset, Generation, Lora, Model
-from expander.decode import random_keys
-from expander.train.logps import completion_logps, completion_states, pad, stack
+from expander.config import Config, Dataset, Generation, Grpo, Lora, Model
+from expander.train.logps import completion_logps, completion_states, pad
 from expander.train.loss import grpo_loss
-from expander.train.rollout import Rollout, micro_batches, roll_out
+from expander.train.rollout import Rollout, micro_batches, sample, stack
 from tests.bench.grpo_vs_mlx_lm_lora import ALPHA, BETA, GROUP, PROMPTS, RANK, load_policy
 
 ROWS, TEMPERATURE = 8, 1.0
@@ -70,7 +69,10 @@ def prompts_once(model, rollouts: list[Rollout]):
 
 
 def ours(model, rollouts: list[Rollout], with_gradient: bool):
-    return completion_logps(model, rollouts, TEMPERATURE, with_gradient=with_gradient)[:2]
+    prompts, completions = [r.prompt for r in rollouts], [r.tokens for r in rollouts]
+    return completion_logps(model, prompts, completions, TEMPERATURE, with_gradient=with_gradient)[
+        :2
+    ]
 
 
 def in_order(rollouts: list[Rollout]) -> list[list[Rollout]]:
@@ -133,23 +135,18 @@ def main() -> None:
         dataset=Dataset(
             name=arguments.rows, eval_split=0.0, qmd_system_prompt_share=0.0, max_samples=PROMPTS
         ),
+        grpo=Grpo(
+            num_generations=GROUP,
+            max_completion_length=arguments.tokens,
+            rollout_batch_size=PROMPTS * GROUP,
+        ),
         lora=Lora(rank=RANK, alpha=ALPHA),
         generation=Generation(temperature=TEMPERATURE),
     )
     model, tokenizer, end, prompts = load_policy(config)
     model.eval()
-    keys = random_keys([f"{i}" for i in range(PROMPTS * GROUP)], seed=0)
     started = time.perf_counter()
-    rollouts = roll_out(
-        model,
-        tokenizer,
-        prompts,
-        keys=keys.reshape(PROMPTS, GROUP, 2),
-        max_tokens=arguments.tokens,
-        temperature=TEMPERATURE,
-        end=end,
-        batch_size=PROMPTS * GROUP,
-    )
+    rollouts = sample(model, tokenizer, prompts, config, step=0, end=end)
     seconds = time.perf_counter() - started
     mx.random.seed(0)
     for r, advantage in zip(rollouts, mx.random.normal((len(rollouts),)).tolist(), strict=True):

@@ -134,13 +134,12 @@ def work(side: str, config: Config, folder: Path) -> None:
     figures: dict = {}
     with working(folder / f"{side}.log") as turn:
         if side == "ours":
-            from expander.train import rollout
-            from train import train_grpo
+            from expander.train import grpo
 
             count_rollouts(
-                rollout, "roll_out", lambda rows: [len(r.tokens) for r in rows], turn, figures
+                grpo, "sample", lambda rows: [len(r.tokens) for r in rows], turn, figures
             )
-            train_grpo(config, resume=False, overwrite=False)
+            grpo.train_grpo(config, resume=False, overwrite=False)
         else:
             from mlx_lm_lora.trainer import grpo_trainer
 
@@ -178,10 +177,9 @@ def check(config: Config) -> None:
     from mlx_lm_lora.trainer import grpo_trainer
 
     from expander import model as models
-    from expander.decode import random_keys
-    from expander.train.logps import completion_logps, remember_logps, stack
+    from expander.train.logps import completion_logps
     from expander.train.loss import group_advantages, grpo_loss
-    from expander.train.rollout import roll_out
+    from expander.train.rollout import sample, set_logps, stack
 
     model, tokenizer, end, prompts = load_policy(config)
     pairs = prompts[:2]
@@ -192,16 +190,7 @@ def check(config: Config) -> None:
     model.load_weights(list(apart.items()), strict=False)
     model.eval()
     reference, _ = models.load_chain(models.read_chain(config.model.sft), fuse_last=True)
-    rows = roll_out(
-        model,
-        tokenizer,
-        pairs,
-        keys=random_keys([f"{i}" for i in range(2 * GROUP)], seed=0).reshape(2, GROUP, 2),
-        max_tokens=limit,
-        temperature=TEMPERATURE,
-        end=end,
-        batch_size=2 * GROUP,
-    )
+    rows = sample(model, tokenizer, pairs, config, step=0, end=end)
     owner = [i // GROUP for i in range(len(rows))]
     # Drawn, because the rubric may well give a whole group the same.
     rewards = mx.random.uniform(shape=(2, GROUP))
@@ -214,7 +203,9 @@ def check(config: Config) -> None:
     print(f"advantages, theirs over ours: {ratio.min().item():.4f} to {ratio.max().item():.4f}")
 
     def ours(model, loss_type: str, temperature: float):
-        logps, mask, _ = completion_logps(model, rows, temperature)
+        logps, mask, _ = completion_logps(
+            model, [r.prompt for r in rows], [r.tokens for r in rows], temperature
+        )
         return grpo_loss(
             logps,
             mask,
@@ -240,7 +231,7 @@ def check(config: Config) -> None:
 
     for temperature in (1.0, 0.7):
         with models.adapters_off(model):
-            remember_logps(model, [rows], temperature, "ref_logps")
+            set_logps(model, [rows], temperature, "ref_logps")
         for loss_type in ("grpo", "bnpo", "dr_grpo"):
             a, gradient = nn.value_and_grad(model, ours)(model, loss_type, temperature)
             b, their_gradient = nn.value_and_grad(model, theirs)(model, loss_type)
@@ -260,10 +251,9 @@ def profile(config: Config) -> None:
     import mlx.core as mx
 
     from expander import decode
-    from expander.train import rollout
+    from expander.train import grpo
+    from expander.train.logs import METRICS
     from expander.train.optim import AdamW
-    from expander.train.run import METRICS
-    from train import train_grpo
 
     seconds: dict[str, float] = {}
 
@@ -280,19 +270,19 @@ def profile(config: Config) -> None:
         setattr(owner, name, wrapped)
 
     timed(decode, "_prefill", lambda result, *_: mx.eval(result[1], [c.state for c in result[0]]))
-    timed(rollout, "roll_out")
-    timed(rollout, "set_rewards")
-    timed(rollout, "remember_logps")
+    timed(grpo, "sample")
+    timed(grpo, "set_rewards")
+    timed(grpo, "set_logps")
     timed(AdamW, "update", lambda _, self, model, *__: mx.eval(model.parameters(), self.state))
-    train_grpo(config, resume=False, overwrite=False)
+    grpo.train_grpo(config, resume=False, overwrite=False)
     lines = Path(config.model.output, METRICS).read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line) for line in lines]
     total = sum(step["rollout_seconds"] + step["update_seconds"] for step in steps)
     parts = {
         "prefill": seconds["_prefill"],
-        "decode": seconds["roll_out"] - seconds["_prefill"],
+        "decode": seconds["sample"] - seconds["_prefill"],
         "reward": seconds["set_rewards"],
-        "reference": seconds["remember_logps"],
+        "reference": seconds["set_logps"],
         "optimiser": seconds["update"],
     }
     parts["forward and backward"] = total - sum(parts.values())

@@ -16,9 +16,10 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 
 from expander import model as models
 from expander.config import Config
+from expander.train.batches import Row, collate
 from expander.train.memory import GB, Shape, estimate
 from expander.train.optim import AdamW
-from expander.train.sft import Row, collate, completion_loss
+from expander.train.sft import completion_loss
 from tests.tiny import make_qwen3
 
 PROMPT = 18

@@ -56,13 +56,13 @@ def rows_per_step(config: Config) -> int:
 
 def tokenized(path: Path, config: Config, tokenizer):
     from expander.rows import load_rows
+    from expander.train.batches import tokenize
     from expander.train.inputs import encode_prompts
-    from expander.train.sft import tokenize
 
     examples = load_rows(str(path)).train
     prompts = [ids for _, ids in encode_prompts(examples, config, tokenizer)]
     limit = config.training.max_length
-    return tokenize(examples, prompts, tokenizer, config.dataset.final_newline, limit)[0]
+    return tokenize(examples, prompts, tokenizer, config.dataset.final_newline, limit)
 
 
 class TokenDataset(list):

@@ -36,9 +36,10 @@ def train_ours(folder: Path, architecture: str) -> dict:
     from expander import model as models
     from expander.config import PROJECTIONS, Config, Training
     from expander.rows import load_rows
+    from expander.train.batches import Batches, tokenize
     from expander.train.inputs import encode_prompts
     from expander.train.optim import AdamW
-    from expander.train.sft import Batches, completion_loss, tokenize
+    from expander.train.sft import completion_loss
     from tests import tiny
 
     base = {"qwen3": tiny.make_qwen3, "llama": tiny.make_llama}[architecture](folder / "model")
@@ -54,7 +55,7 @@ def train_ours(folder: Path, architecture: str) -> dict:
     tokenizer = models.load_tokenizer(base)
     examples = load_rows("tests/rows.jsonl").train
     prompts = [ids for _, ids in encode_prompts(examples, config, tokenizer)]
-    rows, _ = tokenize(examples, prompts, tokenizer, True, config.training.max_length)
+    rows = tokenize(examples, prompts, tokenizer, True, config.training.max_length)
     batches = Batches(rows, BATCH, ACCUMULATION, seed=0)
 
     model = models.load_base(base)

@@ -3,8 +3,8 @@
 import pytest
 
 from expander.config import Grpo, Penalties
-from expander.train.rewards import PENALTIES
-from expander.train.rollout import Rollout, group_metrics, set_rewards
+from expander.train.rewards import PENALTIES, set_rewards
+from expander.train.rollout import Rollout, group_metrics
 from reward import score_expansion_detailed
 
 QUERY = "auth config"
