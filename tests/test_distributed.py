@@ -149,7 +149,7 @@ def assert_same(stage: str, folder: Path, alone: Path) -> None:
 # The same result
 
 
-def test_sft_by_mlx_launch_is_what_one_process_gives(options, alone, tmp_path):
+def test_sft_by_mlx_launch_gives_the_result_of_one_process(options, alone, tmp_path):
     done = subprocess.run(
         [
             Path(sys.executable).parent / "mlx.launch",
@@ -168,7 +168,7 @@ def test_sft_by_mlx_launch_is_what_one_process_gives(options, alone, tmp_path):
     assert done.stdout.count("step 7/10") == done.stdout.count("next: python train.py grpo") == 1
 
 
-def test_grpo_on_two_machines_is_what_one_process_gives(options, alone, macs):
+def test_grpo_on_two_machines_gives_the_result_of_one_process(options, alone, macs):
     before = sorted(macs[1].rglob("*"))
     (code, out, error), (other_code, other_out, _) = end(start([TRAIN, *options["grpo"]], macs))
     assert (code, other_code) == (0, 0), error
@@ -186,7 +186,7 @@ def test_grpo_on_two_machines_is_what_one_process_gives(options, alone, macs):
 # A rank that is lost, stopped or hangs
 
 
-def test_a_killed_rank_ends_the_run_and_one_process_goes_on(options, alone, macs):
+def test_a_killed_rank_ends_the_run_and_one_process_continues(options, alone, macs):
     shutil.rmtree(macs[0] / "outputs")
     processes = start([TRAIN, *options["sft"]], macs)
     until(processes[0], "step 3/10")
@@ -207,7 +207,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_goes_on(options, alone, macs
     assert_same("sft", macs[0], alone)
 
 
-def test_a_signal_to_any_rank_stops_all_and_two_go_on(options, alone, macs):
+def test_a_signal_to_any_rank_stops_all_and_two_continue(options, alone, macs):
     processes = start([TRAIN, *options["grpo"]], macs)
     until(processes[0], "step 2/10")
     processes[1].send_signal(signal.SIGTERM)
@@ -223,7 +223,7 @@ def test_a_signal_to_any_rank_stops_all_and_two_go_on(options, alone, macs):
 def patched(constant: str, seconds: int, *arguments: str) -> list[str]:
     """train.py as one would run it, but with a shorter time-out."""
     code = (
-        f"import distributed, runpy, sys; distributed.{constant} = {seconds}; "
+        f"import runpy, sys; from expander.train import distributed; distributed.{constant} = {seconds}; "
         f"sys.argv = {['train.py', *arguments]!r}; runpy.run_path({str(TRAIN)!r}, run_name='__main__')"
     )
     return ["-c", code]
@@ -238,11 +238,11 @@ def test_a_rank_that_hangs_ends_the_run(options, macs):
     processes[1].kill()
     processes[1].communicate()
     assert code == 1
-    assert "error: the ranks have not met for 10 seconds" in error and "is saved in" in error
+    assert "error: no exchange between the ranks for 10 seconds" in error and "is saved in" in error
     assert any((macs[0] / "outputs/sft/checkpoints").glob("step-*"))
 
 
-def test_ranks_that_never_come(options, tmp_path):
+def test_ranks_that_never_connect(options, tmp_path):
     """Rank 0 waits for the others; the last one tries to reach them."""
     waiting = start(patched("CONNECT_SECONDS", 3, *options["sft"]), [tmp_path] * 2, only=0)
     [(code, _, error)] = end(waiting)
@@ -289,7 +289,7 @@ def exchange_with_others() -> None:
 
 
 def test_three_ranks_exchange_what_they_have(tmp_path):
-    code = "import cli, test_distributed as t; cli.run(t.exchange_with_others)"
+    code = "import test_distributed as t; from expander import cli; cli.run(t.exchange_with_others)"
     results = end(start(["-c", code], [tmp_path] * 3))
     assert [code for code, *_ in results] == [2, -signal.SIGKILL, 2]
     [found] = [json.loads(line) for line in results[0][1].splitlines()[1:]]
@@ -300,12 +300,12 @@ def test_three_ranks_exchange_what_they_have(tmp_path):
     assert found["sum"]["a"] == [[pytest.approx(3.3)] * 2] * 2
     assert found["sum"]["b"] == [[pytest.approx(3.0)]]
     assert found["first"] == {"w": [0.25], "n": 1}
-    assert "the same configuration and model: copy" in found["differing"]
+    assert "configuration and model; copy" in found["differing"]
     assert results[0][2].splitlines()[-1] == "error: the connection to another rank was lost"
 
 
 @pytest.mark.parametrize(("items", "ranks"), [(8, 3), (2, 3), (0, 2), (5, 1), (16, 4)])
-def test_shares_are_even_and_make_up_the_whole(items, ranks, monkeypatch):
+def test_shares_are_even_and_cover_all_items(items, ranks, monkeypatch):
     monkeypatch.setattr(distributed, "size", lambda: ranks)
     shares = []
     for rank in range(ranks):

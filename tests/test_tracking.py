@@ -151,7 +151,7 @@ def test_a_tracker_that_fails_is_named_once_and_left_alone(
             run.log({"loss": 1.0})
     assert names(calls()) == told
     assert capsys.readouterr().err == (
-        f"warning: trackio failed and is left alone from here on: {fail}: no answer\n"
+        f"warning: trackio failed and gets no more metrics: {fail}: no answer\n"
     )
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -170,7 +170,7 @@ def test_what_is_not_installed_is_an_error(tmp_path, monkeypatch):
     check_installed(Tracking(to=None))
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     monkeypatch.delitem(sys.modules, "wandb", raising=False)
-    wanted = r"^tracking\.to wandb: it is not installed; pip install wandb, or .*null$"
+    wanted = r"^tracking\.to wandb: not installed; pip install wandb, or .*null$"
     with pytest.raises(ValueError, match=wanted):
         check_installed(Tracking(to="wandb"))
     (tmp_path / "wandb").mkdir()  # what wandb leaves where it is run
@@ -181,7 +181,7 @@ def test_what_is_not_installed_is_an_error(tmp_path, monkeypatch):
     check_installed(Tracking(to="wandb"))
 
 
-def test_it_is_said_before_anything_is_loaded(run, tmp_path):
+def test_a_missing_tracker_is_reported_before_anything_is_loaded(run, tmp_path):
     (tmp_path / "sft.yaml").write_text("tracking: {to: mlflow}\n")
     done = run(["train.py", "sft", "--config", tmp_path / "sft.yaml"])
     assert done.returncode == 2
@@ -189,7 +189,7 @@ def test_it_is_said_before_anything_is_loaded(run, tmp_path):
     settings = ["tracking.to=wandb", "dataset.name=nowhere.jsonl", f"model.output={tmp_path}"]
     done = run(["train.py", "sft", *(part for x in settings for part in ("--set", x))])
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith("error: tracking.to wandb: it is not installed")
+    assert done.stderr.startswith("error: tracking.to wandb: not installed")
     assert done.stderr.count("\n") == 1
 
 

@@ -1,7 +1,7 @@
 """Training checkpoints that resume exactly.
 
 A checkpoint is a folder step-000120/ of .safetensors files and a state.json with their checksums. It
-is written under a temporary name and renamed, so a kill at any moment leaves the one before intact.
+is written under a temporary name and renamed, so a kill at any moment leaves the previous one intact.
 """
 
 import json
@@ -41,18 +41,18 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}"
 
     def save(self, step: int, state: dict, arrays: dict[str, dict]) -> Path:
-        """Write one checkpoint, then drop the oldest beyond `keep`.
+        """Write one checkpoint, then delete the oldest beyond `keep`.
 
-        Later steps, left by a run that fell back from a damaged checkpoint, are dropped as well.
+        Later steps, left by a run that fell back from a damaged checkpoint, are deleted as well.
 
         Args:
-            state: what JSON can hold.
+            state: any JSON object.
             arrays: file stem → named MLX arrays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".*"):
-            if stale.is_dir():  # and not a file such as Finder's .DS_Store
-                shutil.rmtree(stale)
+        for unfinished in self.folder.glob(".*"):
+            if unfinished.is_dir():  # not a file such as Finder's .DS_Store
+                shutil.rmtree(unfinished)
         target, temporary = self._path(step), self.folder / f".{os.getpid()}-{step}"
         try:
             temporary.mkdir()
@@ -72,7 +72,6 @@ class Checkpoints:
         return target
 
     def _read(self, step: int) -> Checkpoint:
-
         path = self._path(step)
         record = json.loads((path / STATE).read_text(encoding="utf-8"))
         for name, expected in record["sha256"].items():
@@ -83,12 +82,12 @@ class Checkpoints:
         return Checkpoint(record["step"], record["state"], arrays)
 
     def latest(self, warn: Callable[[str], None]) -> Checkpoint | None:
-        """The newest checkpoint that reads back whole; damaged ones are named to `warn`."""
+        """The newest intact checkpoint; `warn` is called with each damaged one."""
         for step in self.steps():
             try:
                 return self._read(step)
             except (OSError, ValueError, KeyError) as error:
-                warn(f"{self._path(step)} is damaged ({error}): falling back to the one before")
+                warn(f"{self._path(step)} is damaged ({error}); falling back to the previous one")
         return None
 
     def clear(self) -> None:

@@ -1,6 +1,6 @@
-"""A run's metrics sent to trackio (a database on this machine) or Weights & Biases, when asked.
+"""Send a run's metrics to trackio (a local database) or Weights & Biases, if configured.
 
-metrics.jsonl is written all the same, and nothing that a tracker does can end the training.
+metrics.jsonl is written in any case, and no failure of a tracker ends the training.
 """
 
 import importlib
@@ -16,21 +16,21 @@ PROJECT = "qmd-query-expansion"
 
 
 def check_installed(tracking: Tracking) -> None:
-    """Fail before anything is loaded.
+    """Check that the configured tracker is installed, before anything is loaded.
 
     Raises:
         ValueError: the tracker that `tracking.to` names is not installed.
     """
-    # Without an origin it is a mere folder: wandb leaves a wandb/ where it is run.
+    # Without an origin it is only a folder: wandb leaves a wandb/ folder where it runs.
     if tracking.to and getattr(importlib.util.find_spec(tracking.to), "origin", None) is None:
         raise ValueError(
-            f"tracking.to {tracking.to}: it is not installed; pip install {tracking.to}, or leave "
-            "tracking.to at null"
+            f"tracking.to {tracking.to}: not installed; pip install {tracking.to}, or set "
+            "tracking.to to null"
         )
 
 
 def expand(name: str, now: datetime) -> str:
-    """A run's name with {day} and {time} filled in.
+    """Fill {day} and {time} into a run's name.
 
     >>> expand("sft {day} {time}", datetime(2026, 3, 1, 14, 5))
     'sft 2026-03-01 14:05'
@@ -39,9 +39,9 @@ def expand(name: str, now: datetime) -> str:
 
 
 class Tracker:
-    """The run at the tracker that `tracking.to` names; where it names none, nothing happens.
+    """The run at the tracker named by `tracking.to`; does nothing if that is null.
 
-    `place` is where it is found again when the run is resumed: a checkpoint keeps it.
+    `place` identifies the tracked run; checkpoints save it, so that a resumed run continues it.
     """
 
     def __init__(self, config: Config, stage: str, warn: Callable[[str], None]):
@@ -55,16 +55,16 @@ class Tracker:
     def _harmless(self) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # of any kind: the training is worth more
+        except Exception as error:  # of any kind: the training matters more
             self.module = None
             reason = str(error).strip().split("\n")[0] or type(error).__name__
-            self.warn(f"{self.to} failed and is left alone from here on: {reason}")
+            self.warn(f"{self.to} failed and gets no more metrics: {reason}")
 
     def start(self) -> None:
         if not self.to:
             return
         with self._harmless():
-            # trackio finds a run by its name, wandb by its id alone.
+            # trackio finds a run by its name, wandb by its id.
             again = {"resume": "allow" if self.place["id"] else "never"}
             if self.to == "wandb":
                 again = {"resume": "allow", "id": self.place["id"]}
@@ -73,7 +73,7 @@ class Tracker:
             self.place["id"], self.module = run.id, module
 
     def log(self, step: int, record: dict) -> None:
-        """`record` without what is null."""
+        """Log the entries of `record` that are not None."""
         if self.module:
             with self._harmless():
                 self.module.log({k: v for k, v in record.items() if v is not None}, step=step)
