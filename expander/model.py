@@ -6,6 +6,7 @@ by "parent"), so that a chain base → SFT → GRPO is found from its last folde
 """
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Sequence
@@ -71,7 +72,17 @@ class Chain:
 
 
 def compute_dtype() -> mx.Dtype:
-    """bfloat16 on a GPU; float32 on the CPU, where half precision is slow."""
+    """bfloat16 on a GPU; float32 on the CPU, where half precision is slow.
+
+    The environment variable QMD_DTYPE overrides it, to measure one device's dtype on the other.
+
+    Raises:
+        ModelError: QMD_DTYPE names another dtype.
+    """
+    if name := os.environ.get("QMD_DTYPE"):
+        if name not in ("float32", "bfloat16"):
+            raise ModelError(f"QMD_DTYPE {name}: expected float32 or bfloat16")
+        return getattr(mx, name)
     return mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32
 
 
@@ -235,9 +246,9 @@ def load_chain(chain: Chain, fuse_last: bool = False) -> tuple[nn.Module, object
 
 
 def _lora_layers(model: nn.Module):
-    from mlx_lm.tuner.lora import LoRALinear
+    from expander.lora import lora_layers
 
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, LoRALinear)]
+    return lora_layers(model)
 
 
 def lora_config(model: nn.Module, rank: int, alpha: float, dropout: float, targets) -> dict:
@@ -261,10 +272,10 @@ def lora_config(model: nn.Module, rank: int, alpha: float, dropout: float, targe
 
 def add_lora(model: nn.Module, config: dict) -> None:
     """Fresh LoRA layers, by mlx-lm's own configuration; they alone are trainable."""
-    from mlx_lm.tuner.utils import linear_to_lora_layers
+    from expander.lora import add_lora_layers
 
     model.freeze()
-    linear_to_lora_layers(model, config["num_layers"], config["lora_parameters"])
+    add_lora_layers(model, config["num_layers"], config["lora_parameters"])
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:

@@ -4,7 +4,7 @@ import math
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map
 
 from expander.config import Training
 
@@ -33,7 +33,8 @@ def schedule(training: Training, total: int):
 class AdamW(optim.AdamW):
     """AdamW as in PyTorch (with bias correction), with gradients clipped by their global norm.
 
-    state["grad_norm"] holds the norm before clipping. A `max_grad_norm` of 0 disables clipping.
+    state["grad_norm"] holds the norm before clipping. A `max_grad_norm` of 0 disables clipping. A
+    gradient that is not finite changes nothing: neither weights, moments nor the schedule.
     """
 
     def __init__(self, training: Training, total: int):
@@ -48,6 +49,21 @@ class AdamW(optim.AdamW):
         norm = mx.sqrt(mx.stack(squares).sum())
         if self.max_grad_norm:
             factor = mx.minimum(1.0, self.max_grad_norm / (norm + 1e-6))
-            gradients = tree_unflatten([(k, g * factor) for k, g in tree_flatten(gradients)])
+            gradients = tree_map(lambda g: g * factor, gradients)
+        if not self._initialized:
+            self.init(gradients)
+        before = tree_map(lambda value: value, self.state)
+        updated = super().apply_gradients(gradients, parameters)
+        finite = mx.isfinite(norm)
+        _select(finite, self.state, before)
         self.state["grad_norm"] = norm
-        return super().apply_gradients(gradients, parameters)
+        return tree_map(lambda new, old: mx.where(finite, new, old), updated, parameters)
+
+
+def _select(condition: mx.array, state: dict | list, before: dict | list) -> None:
+    """Put the arrays of `before` back into `state`, in place, unless the condition holds."""
+    for key, value in list(state.items()) if isinstance(state, dict) else enumerate(state):
+        if isinstance(value, dict | list):
+            _select(condition, value, before[key])
+        else:
+            state[key] = mx.where(condition, value, before[key])
