@@ -43,6 +43,7 @@ OTHER_STAGE = {
         "model.load_in_8bit": "the base is what the SFT adapter was trained on",
         "dataset.final_newline": "grpo uses the queries alone",
         "training.max_length": "grpo.max_completion_length decides",
+        "training.eval_rows": "grpo.eval_prompts decides",
         "training.gradient_checkpointing": "grpo does not use it",
     },
 }
@@ -102,6 +103,8 @@ class Training:
     weight_decay: float = key(0.0, least=0.0)
     max_length: int = key(512, least=16)
     eval_steps: int = key(50, least=1)
+    eval_rows: int | None = key(128, least=1)
+    max_skipped_steps: int = key(5, least=1)
     patience: int | None = key(None, least=1)
     save_interval_minutes: float | None = key(30.0, above=0.0)
     save_steps: int = key(50, least=1)

@@ -18,6 +18,7 @@ SFT_ONLY = {
     "model.load_in_8bit",
     "dataset.final_newline",
     "training.max_length",
+    "training.eval_rows",
     "training.gradient_checkpointing",
 }
 GRPO_ONLY = {"model.sft", "generation.temperature"}

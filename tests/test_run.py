@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,10 @@ class Two(nn.Module):
 
 
 # Learning rates
+
+
+def training(**changes) -> Training:
+    return replace(load_config("sft")[0].training, warmup_ratio=0.0, **changes)
 
 
 def hugging_face(name: str, step: int, warmup: int, total: int) -> float:
@@ -330,12 +335,49 @@ def test_a_checkpoint_is_due_by_steps_or_by_minutes(config, tiny_qwen3):
             assert (run.checkpoints.steps()[0] == run.step) == saved
 
 
-def test_a_step_that_is_not_finite_ends_the_run_with_its_rows(config, tiny_qwen3):
+def test_steps_that_are_not_finite_are_skipped_and_too_many_in_a_row_stop(
+    config, tiny_qwen3, capsys
+):
+    config.training.max_skipped_steps = 2
+    model, optimizer = trained(tiny_qwen3)
     with Run(config, "sft", 10, resume=False, overwrite=False) as run:
+        for loss in (1.0, math.nan, 1.0, math.inf):
+            run.begin_step()
+            finish(run, model, optimizer, loss=loss)
         run.begin_step()
-        with pytest.raises(ValueError, match=r"loss not finite at step 1 \(rows rows.jsonl:1\)"):
-            finish(run, *trained(tiny_qwen3), loss=math.nan)
+        with pytest.raises(ValueError, match=r"step 5, for 2 steps in a row .*rows\.jsonl:1"):
+            finish(run, model, optimizer, loss=math.nan)
+    assert run.progress.skipped == 3
+    warnings = capsys.readouterr().err.splitlines()
+    assert ["step 2" in warnings[0], "step 4" in warnings[1], len(warnings)] == [True, True, 2]
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    skipped = [record for record in map(json.loads, lines) if record.get("skipped")]
+    assert [record["step"] for record in skipped] == [2, 4, 5]
+    assert all(record["rows"] == ["rows.jsonl:1"] for record in skipped)
     assert not_finite({"loss": 1.0, "kl": math.inf, "grad_norm": math.nan}) == ["kl", "grad_norm"]
+
+
+def test_a_run_whose_steps_were_all_skipped_has_no_result(config, tiny_qwen3):
+    model, optimizer = trained(tiny_qwen3)
+    with Run(config, "sft", 1, resume=False, overwrite=False) as run:
+        run.begin_step()
+        finish(run, model, optimizer, loss=math.nan)
+    with pytest.raises(ValueError, match="none of the 1 steps"):
+        run.finish(model, {}, {})
+    assert not (run.folder / "adapters.safetensors").exists()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_neither_weights_nor_moments_nor_schedule(bad):
+    model, optimizer = Two(), AdamW(training(), total=4)
+    good = {"a": mx.array([3.0, -4.0, 0.0]), "b": mx.array([[1.0]])}
+    optimizer.update(model, good)
+    before = dict(tree_flatten([model.parameters(), optimizer.state]))
+    optimizer.update(model, {"a": mx.array([3.0, bad, 0.0]), "b": mx.array([[1.0]])})
+    assert not mx.isfinite(optimizer.state.pop("grad_norm")).item()
+    before.pop("1.grad_norm")
+    after = dict(tree_flatten([model.parameters(), optimizer.state]))
+    assert weights_equal(after, before)
 
 
 def test_a_signal_waits_for_the_end_of_the_step(config, tiny_qwen3, capsys):

@@ -1,20 +1,31 @@
-"""sft.py: the loss and its gradient, batches and accumulation, what is left out."""
+"""sft.py and batches.py: the loss and its gradient, batches, accumulation, skipped steps."""
 
 import itertools
+import json
+import signal
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+import tiny
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.tuner import trainer
 
 from expander import model as models
+from expander.cli import Interrupted
+from expander.config import load_config
 from expander.prompt import render_prompt
 from expander.rows import load_rows
-from expander.train.batches import LENGTH_STEP, Batches, Row, collate, tokenize
-from expander.train.sft import completion_loss, validate
+from expander.train.batches import (
+    Batches,
+    Row,
+    collate,
+    tokenize,
+)
+from expander.train.run import Run
+from expander.train.sft import completion_loss, train_steps, validate, validation_subset
 
 END = 2
 
@@ -220,7 +231,7 @@ def test_the_order_is_the_seeds_and_the_epochs():
 
 def test_the_trainer_traces_each_shape_once_and_its_update_once(tiny_qwen3, tmp_path):
     """Its compiled step differs for the first batch of a step and for the last: both are empty."""
-    rows = [Row([9] * (4 + i // 4 * LENGTH_STEP), 2, "") for i in range(16)]  # four shapes
+    rows = [Row([9] * (4 + i // 4 * WIDTH_STEP), 2, "") for i in range(16)]  # four shapes
     batches = Batches(rows, batch_size=2, accumulation=2, seed=0)
     model = models.load_base(tiny_qwen3)
     models.add_lora(model, models.lora_config(model, 4, 8.0, 0.0, ("v_proj",)))
@@ -253,7 +264,7 @@ def test_the_trainer_traces_each_shape_once_and_its_update_once(tiny_qwen3, tmp_
         iterate_batches=lambda **_: batches(0),
     )
     assert len(updates) == 1
-    assert sorted(traced) == [(0, 0), (0, 0)] + [(2, n * LENGTH_STEP) for n in (1, 2, 3, 4)]
+    assert sorted(traced) == [(0, 0), (0, 0)] + [(2, n * WIDTH_STEP) for n in (1, 2, 3, 4)]
 
 
 def test_rows_of_a_micro_batch_are_of_like_length():
@@ -266,6 +277,19 @@ def test_rows_of_a_micro_batch_are_of_like_length():
             padded += inputs.size
         used += sum(len(row.ids) - 1 for row in step)
     assert used / padded > 0.8  # 0.65 in random order
+
+
+def test_few_shapes_in_many_steps():
+    """MLX's compiler keeps memory for each shape it has seen."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(5.0, 0.35, 4755), 20, 512).astype(int).tolist()
+    batches = Batches([Row([1] * n, n // 5, "") for n in lengths], 4, 4, seed=0)
+    shapes = set()
+    for epoch in range(2):
+        for rows in batches.step_rows(epoch):
+            for inputs, positions, *_ in batches.micro_batches(rows):
+                shapes.add((*inputs.shape, positions.size))
+    assert len(shapes) <= 100  # 400 with widths rounded to multiples of 8 only
 
 
 def test_a_step_has_rows_of_all_lengths():
@@ -315,3 +339,91 @@ def test_rows_are_prompt_and_target_and_longer_ones_are_counted(tiny_qwen3, rows
     some = tokenize(examples, prompts, tokenizer, True, lengths[9])
     assert max(len(row.ids) for row in some) == lengths[9]
     assert len(some) == sum(n <= lengths[9] for n in lengths)
+
+
+def test_validations_draw_the_same_rows(some_rows):
+    every = validation_subset(some_rows, None, seed=1)
+    assert every == validation_subset(some_rows, len(some_rows), seed=1) == some_rows
+    few = validation_subset(some_rows, 2, seed=1)
+    assert len(few) == 2 and few == validation_subset(some_rows, 2, seed=1)
+    assert all(row in some_rows for row in few)
+
+
+class Steps(Batches):
+    """The given rows in one epoch, one step per row, in this order."""
+
+    def __init__(self, rows):
+        super().__init__(rows, 1, 1, seed=0)
+
+    def step_rows(self, epoch):
+        return [[row] for row in self.rows]
+
+
+POISON = 50  # a token that only one row has
+
+
+def poisoned_run(base, folder, rows, *settings: str, resume: bool = False):
+    """Adapter weights after a step per row, on a model where one token's embedding is infinite."""
+    settings = [f"model.output={folder}", "training.lr_scheduler=constant", *settings]
+    steps = ["training.warmup_ratio=0", "training.save_interval_minutes=null"]
+    config, _ = load_config("sft", None, [*settings, *steps, "training.learning_rate=1e-2"])
+    run = Run(config, "sft", len(rows), resume=resume, overwrite=False)
+    mx.random.seed(0)
+    model = models.load_base(base)
+    model.model.embed_tokens.weight[POISON] = mx.inf
+    _, optimizer = run.add_adapter(model)
+    with run:
+        train_steps(run, model, optimizer, Steps(rows), held_out=[])
+    return run, {k: np.array(v) for k, v in models.adapter_weights(model).items()}
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """A model whose head does not contain the poisoned embedding."""
+    return tiny.make_qwen3(tmp_path_factory.mktemp("models") / "untied", tied=False, layers=1)
+
+
+@pytest.fixture
+def good_rows() -> list[Row]:
+    rng = np.random.default_rng(5)
+    return [Row([*rng.integers(60, 200, 9).tolist(), END], 4, f"rows.jsonl:{i}") for i in range(6)]
+
+
+def test_a_batch_that_overflows_is_skipped_as_if_it_were_not_there(untied, good_rows, tmp_path):
+    poison = Row([60, POISON, 61, 62, END], 2, "rows.jsonl:99")
+    _, without = poisoned_run(untied, tmp_path / "a", good_rows)
+    run, weights = poisoned_run(untied, tmp_path / "b", [*good_rows[:3], poison, *good_rows[3:]])
+    assert any(weights[name].any() for name in weights if name.endswith("lora_b"))
+    assert all(np.array_equal(weights[name], without[name]) for name in without)
+    assert (run.progress.skipped, run.progress.skipped_in_a_row) == (1, 0)
+    records = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["step"], r["rows"]) for r in records if r.get("skipped")] == [(4, ["rows.jsonl:99"])]
+
+
+def test_a_run_stopped_around_a_skipped_step_resumes_to_the_same_weights(
+    untied, good_rows, tmp_path, monkeypatch
+):
+    poison = Row([60, POISON, 61, 62, END], 2, "rows.jsonl:99")
+    rows = [*good_rows[:3], poison, poison, *good_rows[3:]]
+    saves = "training.save_steps=1"
+    _, whole = poisoned_run(untied, tmp_path / "whole", rows, saves)
+    for stop_at in (3, 4, 5):
+        folder = tmp_path / f"stopped-{stop_at}"
+        finish = Run.finish_step
+
+        def stop(run, *args, stop_at=stop_at, finish=finish, **options):
+            run.stop.received = signal.SIGTERM if run.step == stop_at else 0
+            finish(run, *args, **options)
+
+        with monkeypatch.context() as patch, pytest.raises(Interrupted):
+            patch.setattr(Run, "finish_step", stop)
+            poisoned_run(untied, folder, rows, saves)
+        run, resumed = poisoned_run(untied, folder, rows, saves, resume=True)
+        assert all(np.array_equal(resumed[name], whole[name]) for name in whole)
+        assert run.progress.skipped == 2
+
+
+def test_too_many_skipped_steps_in_a_row_stop_the_run(untied, good_rows, tmp_path):
+    poison = Row([60, POISON, 61, 62, END], 2, "rows.jsonl:99")
+    with pytest.raises(ValueError, match=r"at step 6, for 5 steps in a row .*rows\.jsonl:99"):
+        poisoned_run(untied, tmp_path / "run", [good_rows[0], *[poison] * 6])

@@ -28,6 +28,7 @@ SFT = [
     "training.learning_rate=1e-3",
     "training.save_interval_minutes=null",
     "training.save_steps=1",
+    "training.max_skipped_steps=2",
     "lora.dropout=0.1",
 ]
 GRPO = [
@@ -371,6 +372,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(saved, base, sft_options, tmp_pa
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
     assert line.startswith("error: ") and "grad_norm not finite at step " in line
+    assert "2 steps in a row" in line
     assert "rows.jsonl:" in line and said in line
     assert not (tmp_path / "outputs/sft/adapters.safetensors").exists()
 

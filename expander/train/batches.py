@@ -11,8 +11,9 @@ import numpy as np
 from expander.prompt import render_target
 from expander.rows import Example
 
-# Round shapes up to these multiples, so that a compiled step is traced only a few times.
-LENGTH_STEP, TOKEN_STEP = 8, 32
+# MLX's compiler keeps about 10 MB of host memory per batch shape, for good: allow only a few shapes.
+WIDTH_STEP, WIDTH_RATIO = 8, 1.1
+TARGET_STEP, TARGET_PARTS = 32, 8
 
 Batch = tuple[mx.array, ...]
 
@@ -47,6 +48,28 @@ def tokenize(
     return rows
 
 
+def round_width(length: int) -> int:
+    """The smallest allowed width of at least `length`: multiples of 8 that grow by a factor of 1.1.
+
+    >>> [round_width(n) for n in (5, 64, 81, 97, 200)]
+    [8, 64, 88, 112, 200]
+    """
+    width = WIDTH_STEP
+    while width < length:
+        width = max(width + WIDTH_STEP, -(-int(width * WIDTH_RATIO) // WIDTH_STEP) * WIDTH_STEP)
+    return width
+
+
+def round_targets(targets: int, rows: int, width: int) -> int:
+    """`targets` rounded up to a multiple of an eighth of the batch, and of at least 32.
+
+    >>> round_targets(70, rows=1, width=64), round_targets(300, rows=4, width=128)
+    (96, 320)
+    """
+    step = max(TARGET_STEP, rows * width // TARGET_PARTS)
+    return -(-targets // step) * step
+
+
 def collate(rows: Sequence[Row], normalizer: float | None = None) -> Batch:
     """The arrays of `completion_loss`.
 
@@ -57,15 +80,14 @@ def collate(rows: Sequence[Row], normalizer: float | None = None) -> Batch:
         inputs (B, T), right-padded; positions (N,), flat indices into B × T whose next token is a
         target; targets (N,); weights (N,), 1 or (for filler) 0; normalizer ().
     """
-    longest = max(len(row.ids) for row in rows) - 1
-    width = -(-longest // LENGTH_STEP) * LENGTH_STEP
+    width = round_width(max(len(row.ids) for row in rows) - 1)
     inputs = np.zeros((len(rows), width), np.int32)
     positions, targets = [], []
     for i, row in enumerate(rows):
         inputs[i, : len(row.ids) - 1] = row.ids[:-1]
         positions += range(i * width + row.start - 1, i * width + len(row.ids) - 1)
         targets += row.ids[row.start :]
-    filler = -len(targets) % TOKEN_STEP
+    filler = round_targets(len(targets), len(rows), width) - len(targets)
     weights = [1.0] * len(targets) + [0.0] * filler
     normalizer = len(targets) if normalizer is None else normalizer
     return (

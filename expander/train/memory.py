@@ -5,6 +5,8 @@ arrays that stay for the backward pass were fitted to MLX's own peaks (tests/ben
 """
 
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -143,6 +145,12 @@ def estimate(stage: str, config: Config, shape: Shape, length: int, width: int) 
 def installed() -> int:
     """Bytes of this machine's memory."""
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident() -> int:
+    """Bytes of memory that this process has held at most, compiled functions and caches included."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # Linux counts KiB
 
 
 def recommended() -> int:

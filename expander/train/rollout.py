@@ -115,11 +115,21 @@ def rank_batches(rollouts: Sequence[Rollout], config: Config) -> list[list[Rollo
 def set_logps(
     model: nn.Module, batches: Sequence[Sequence[Rollout]], temperature: float, name: str
 ) -> None:
-    """Set `name` ("ref_logps" or "old_logps") of every rollout from the model as it is now."""
+    """Set `name` ("ref_logps" or "old_logps") of every rollout from the model as it is now.
+
+    old_logps are computed exactly as the update computes its log-probabilities: in bfloat16 another
+    order of operations would by itself move one ratio in twenty across the clipping range.
+    """
+    as_in_update = name == "old_logps"
     for batch in batches:
         prompts, completions = [r.prompt for r in batch], [r.tokens for r in batch]
         logps, _, _ = completion_logps(
-            model, prompts, completions, temperature, with_gradient=False
+            model,
+            prompts,
+            completions,
+            temperature,
+            with_entropy=as_in_update,
+            with_gradient=as_in_update,
         )
         mx.eval(logps)
         for rollout, row in zip(batch, logps, strict=True):

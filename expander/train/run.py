@@ -20,7 +20,7 @@ from expander.model import adapter_weights, add_lora, lora_config, save_adapter
 from expander.train import distributed
 from expander.train.checkpoint import Checkpoints
 from expander.train.logs import finite, log_metrics, remove_logs, trim_logs
-from expander.train.memory import cache_limit
+from expander.train.memory import cache_limit, peak_resident
 from expander.train.optim import AdamW
 from expander.train.rewards import RewardError
 from expander.train.signals import StopRequest
@@ -73,6 +73,8 @@ class Progress:
     best_value: float | None = None
     best_step: int = 0
     evaluations_since_best: int = 0
+    skipped: int = 0  # steps without a finite gradient, which changed nothing
+    skipped_in_a_row: int = 0
     seconds: float = 0.0
     tracked: dict | None = None  # where the tracker finds the run again
     notes: dict = field(default_factory=dict)  # numbers that a stage remembers between steps
@@ -248,23 +250,24 @@ class Run:
             evaluate: called when an evaluation is due.
 
         Raises:
-            ValueError: the loss, the KL or the gradient is not finite.
+            ValueError: too many steps in a row had no finite gradient.
             Interrupted: a signal was received; the step is saved.
         """
-        if wrong := not_finite(record):
-            raise ValueError(self._explain_not_finite(wrong, sources))
+        self._count_skipped(record, sources)
         if evaluate and self.evaluation_due:
             found, better = self.evaluate(evaluate, model)
             record |= found.metrics
             line += f"  {found.line}{' (best)' if better else ''}"
         record |= {
             "peak_memory_gb": mx.get_peak_memory() / 1e9,
+            "resident_memory_gb": peak_resident() / 1e9,
             "seconds": self.elapsed(),
         }
         self.log(record)
         self.say(
             f"{line}  {record['tokens_per_second']:.0f} tok/s  "
-            f"peak {record['peak_memory_gb']:.1f} GB  {self.time_left()} left"
+            f"peak {record['peak_memory_gb']:.1f} GB  "
+            f"resident {record['resident_memory_gb']:.1f} GB  {self.time_left()} left"
         )
         self._save_if_due(model, optimizer)
 
@@ -283,12 +286,26 @@ class Run:
         progress.evaluations_since_best = 0 if better else progress.evaluations_since_best + 1
         return found, better
 
-    def _explain_not_finite(self, wrong: list[str], sources: Sequence[str]) -> str:
+    def _count_skipped(self, record: dict, sources: Sequence[str]) -> None:
+        """Count and report a step that the optimiser skipped; stop after too many in a row."""
+        progress, limit = self.progress, self.config.training.max_skipped_steps
+        wrong = not_finite(record)
+        if not wrong:
+            progress.skipped_in_a_row = 0
+            return
+        progress.skipped += 1
+        progress.skipped_in_a_row += 1
+        record |= {"skipped": True, "rows": list(sources)}
+        trouble = f"{' and '.join(wrong)} not finite at step {self.step}"
+        if progress.skipped_in_a_row < limit:
+            distributed.warn(f"{trouble}; the step changed nothing (rows: {', '.join(sources)})")
+            return
+        self.log(record)
         steps = self.checkpoints.steps()
         last = f"the last good checkpoint is step {steps[0]}" if steps else "nothing was saved yet"
-        return (
-            f"{' and '.join(wrong)} not finite at step {self.step} (rows {', '.join(sources)}); "
-            f"{last}; lower training.learning_rate, or look at these rows"
+        raise ValueError(
+            f"{trouble}, for {limit} steps in a row (training.max_skipped_steps); {last}; lower "
+            f"training.learning_rate, or look at these rows: {', '.join(sources)}"
         )
 
     # Saving and stopping
@@ -372,6 +389,11 @@ class Run:
             adapter_config: for mlx-lm, plus the base model or the parent adapter.
             result: further entries of run.json.
         """
+        if self.step and self.progress.skipped == self.step:
+            raise ValueError(
+                f"none of the {self.step} steps had a finite gradient, so nothing was trained; lower "
+                "training.learning_rate, or try another base model"
+            )
         last, last_config = adapter_weights(model), dict(adapter_config)
         if "parent" in last_config:
             last_config["parent"] = f"../{last_config['parent']}"
@@ -386,6 +408,7 @@ class Run:
                 "steps": self.step,
                 "best_step": self.progress.best_step,
                 "best_value": self.progress.best_value,
+                "skipped_steps": self.progress.skipped,
                 "seconds": round(self.elapsed(), 1),
                 "peak_memory_gb": round(mx.get_peak_memory() / 1e9, 2),
                 "device": str(mx.default_device()),

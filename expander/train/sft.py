@@ -8,6 +8,7 @@ that hold every row once per epoch (batches.py); and a callback that validates, 
 Left out: full fine-tuning.
 """
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -89,6 +90,13 @@ def validate(model: nn.Module, rows: Sequence[Row], batch_size: int) -> tuple[fl
     return loss / targets, correct / targets
 
 
+def validation_subset(rows: Sequence[Row], count: int | None, seed: int) -> list[Row]:
+    """The rows of every validation, drawn once by the seed, so that all of them compare."""
+    if count is None or count >= len(rows):
+        return list(rows)
+    return random.Random(seed).sample(rows, count)
+
+
 def evaluate(model: nn.Module, rows: Sequence[Row], batch_size: int) -> Evaluation:
     """The validation loss, which chooses the best adapter."""
     loss, accuracy = validate(model, rows, batch_size)
@@ -119,8 +127,10 @@ class StepCallback(TrainingCallback):
 
     def __init__(self, run: Run, model, optimizer: AdamW, batches: Batches, held_out: list[Row]):
         self.run, self.model, self.optimizer, self.batches = run, model, optimizer, batches
-        batch_size = run.config.training.batch_size
-        self.evaluate = partial(evaluate, model, held_out, batch_size) if held_out else None
+        training, self.held_out = run.config.training, held_out
+        subset = validation_subset(held_out, training.eval_rows, training.seed)
+        self.all_differ = len(subset) < len(held_out)
+        self.evaluate = partial(evaluate, model, subset, training.batch_size) if subset else None
 
     def on_train_loss_report(self, info: dict) -> None:
         """Called by the trainer once per optimiser step."""
@@ -133,6 +143,9 @@ class StepCallback(TrainingCallback):
             "tokens": sum(row.targets for row in rows),
             "tokens_per_second": info["tokens_per_second"],
         }
+        ends_epoch = self.run.step % self.batches.steps_per_epoch == 0
+        if ends_epoch or self.run.step == self.run.total:
+            record |= self.validate_all()
         self.run.finish_step(
             record,
             f"epoch {epoch:.2f}  loss {record['loss']:.4f}  lr {record['learning_rate']:.1e}",
@@ -142,7 +155,16 @@ class StepCallback(TrainingCallback):
             evaluate=self.evaluate,
         )
         if self.run.finished:
+            if self.run.step < self.run.total:  # out of patience
+                self.run.log(self.validate_all())
             raise Finished
+
+    def validate_all(self) -> dict[str, float]:
+        """Metrics of all validation rows, if the subset leaves some out."""
+        if not self.all_differ:
+            return {}
+        found = evaluate(self.model, self.held_out, self.run.config.training.batch_size)
+        return {f"{name}_all": value for name, value in found.metrics.items()}
 
 
 def train_steps(run: Run, model, optimizer: AdamW, batches: Batches, held_out: list[Row]) -> None:
