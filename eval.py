@@ -149,14 +149,14 @@ def encode_prompts(queries: Queries, tokenizer, config: dict, settings: dict) ->
     Raises:
         ValueError: one is too long for the model's context.
     """
-    from expander.prompt import render_prompt
+    from expander.prompt import encode_prompt
     from expander.qmd import QMD_SYSTEM_PROMPT
 
     system = QMD_SYSTEM_PROMPT if settings["qmd_system_prompt"] else None
     context, limit = config.get("max_position_embeddings"), settings["max_new_tokens"]
     prompts = []
     for query, _ in queries:
-        ids = tokenizer.encode(render_prompt(query, system), add_special_tokens=False)
+        ids = encode_prompt(tokenizer, query, system)
         if context and len(ids) + limit > context:
             raise ValueError(
                 f"query {query[:40]!r} of {len(query)} characters: its prompt of {len(ids)} tokens "

@@ -24,15 +24,12 @@ def main() -> None:
 
     from expander.decode import generate
     from expander.model import end_token, load_chain, read_chain, trained_model
-    from expander.prompt import render_prompt
+    from expander.prompt import encode_prompt
     from expander.qmd import kept_lines
 
     model, tokenizer = load_chain(read_chain(arguments.model or trained_model()), fuse_last=True)
     end = end_token(tokenizer)
-    prompts = [
-        tokenizer.encode(render_prompt(query), add_special_tokens=False)
-        for query in arguments.queries
-    ]
+    prompts = [encode_prompt(tokenizer, query) for query in arguments.queries]
     completions = generate(model, prompts, max_tokens=200, end=end)
     for query, completion in zip(arguments.queries, completions, strict=True):
         print(query)

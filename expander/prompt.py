@@ -51,7 +51,7 @@ def render_prompt(query: str, system: str | None = None, intent: str | None = No
 def encode_prompt(
     tokenizer, query: str, system: str | None = None, intent: str | None = None
 ) -> list[int]:
-    """The token ids of `render_prompt`."""
+    """Token ids of `render_prompt`, without any token the tokenizer would add by itself."""
     return tokenizer.encode(render_prompt(query, system, intent), add_special_tokens=False)
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from expander import model as models
 from expander.decode import Completion, Sampler, TemperatureSampler, generate, random_keys
-from expander.prompt import render_prompt
+from expander.prompt import encode_prompt
 
 QUERIES = ["tls", "rotate nginx logs", "sourdough starter smells like acetone", "Lisbon tram 28"]
 LIMIT = 24
@@ -14,7 +14,7 @@ LIMIT = 24
 @pytest.fixture(scope="module")
 def loaded(tiny_qwen3):
     model, tokenizer = models.load_chain(models.read_chain(str(tiny_qwen3)))
-    prompts = [tokenizer.encode(render_prompt(q), add_special_tokens=False) for q in QUERIES]
+    prompts = [encode_prompt(tokenizer, query) for query in QUERIES]
     assert len({len(p) for p in prompts}) == len(prompts)  # the batch needs padding
     return model, prompts, models.end_token(tokenizer)
 
@@ -181,7 +181,7 @@ def test_the_untied_and_the_llama_layout(tiny_llama, tmp_path):
 
     for folder in (tiny_llama, tiny.make_qwen3(tmp_path, tied=False)):
         model, tokenizer = models.load_chain(models.read_chain(str(folder)))
-        prompts = [tokenizer.encode(render_prompt(q), add_special_tokens=False) for q in QUERIES]
+        prompts = [encode_prompt(tokenizer, query) for query in QUERIES]
         completions = generate(model, prompts, max_tokens=8, end=-1)
         for prompt, completion in zip(prompts, completions, strict=True):
             steps = generate_step(mx.array(prompt), model, max_tokens=8)

@@ -11,7 +11,7 @@ import pytest
 from expander import model as models
 from expander.decode import generate, random_keys
 from expander.eval.grammar import START, QmdSampler, best_tokens, token_table
-from expander.prompt import render_prompt
+from expander.prompt import encode_prompt
 from expander.qmd import Sampling
 
 # QMD's grammar, written down a second time.
@@ -26,7 +26,7 @@ def loaded(tiny_qwen3):
     model, tokenizer = models.load_chain(models.read_chain(str(tiny_qwen3)))
     width = models.model_config(tiny_qwen3)["vocab_size"]
     end = models.end_token(tokenizer)
-    prompts = [tokenizer.encode(render_prompt(q), add_special_tokens=False) for q in QUERIES]
+    prompts = [encode_prompt(tokenizer, query) for query in QUERIES]
     return model, tokenizer, prompts, end, token_table(tokenizer, width, end)
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from expander.model import load_tokenizer
 from expander.prompt import (
     TYPES,
+    encode_prompt,
     query_of,
     render_lines,
     render_prompt,
@@ -60,6 +62,12 @@ def test_an_intent_is_a_second_line_of_the_users_turn():
     )
     for nothing in (None, ""):
         assert user_message("apple", nothing) == user_message("apple")
+
+
+def test_prompt_ids_hold_the_frame_and_nothing_else(tiny_qwen3):
+    tokenizer = load_tokenizer(tiny_qwen3)
+    ids = encode_prompt(tokenizer, "apple", system="Be brief.", intent="fruit")
+    assert tokenizer.decode(ids) == render_prompt("apple", system="Be brief.", intent="fruit")
 
 
 @pytest.mark.parametrize(

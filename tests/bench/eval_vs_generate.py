@@ -16,7 +16,7 @@ import mlx_lm
 
 from expander import model as models
 from expander.decode import generate
-from expander.prompt import render_prompt
+from expander.prompt import encode_prompt
 
 TURNS = 2
 
@@ -29,7 +29,7 @@ def main() -> None:
     chain = models.read_chain(name)
     model, tokenizer = models.load_chain(chain, fuse_last=True)
     end = models.end_token(tokenizer)
-    prompts = [tokenizer.encode(render_prompt(q), add_special_tokens=False) for q in chosen]
+    prompts = [encode_prompt(tokenizer, query) for query in chosen]
     generate(model, prompts[:1], max_tokens=4, end=end)  # what is compiled or paged in once
 
     seconds = {"one at a time": 0.0, "batched": 0.0}
