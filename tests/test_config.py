@@ -1,4 +1,4 @@
-"""config.py: the shipped files, types and bounds, every problem at once, files of the original."""
+"""expander/config.py: defaults, types and bounds, error messages, files of the original project."""
 
 import dataclasses
 import re
@@ -7,11 +7,19 @@ from pathlib import Path
 import pytest
 import yaml
 
-from expander.config import NO_EFFECT, PROJECTIONS, Config, ConfigError, load_config, to_yaml
+from expander import config as configuration
+from expander.config import (
+    CONFIGS,
+    KEYS,
+    NO_EFFECT,
+    PROJECTIONS,
+    ConfigError,
+    load_config,
+    same_settings,
+    to_yaml,
+)
 
-CONFIGS = Path(__file__).parent.parent / "configs"
-
-# Keys that one stage alone reads, and that the other stage's file leaves out.
+# Keys that only one stage reads. The other stage's file leaves them out.
 SFT_ONLY = {
     "model.base",
     "model.load_in_4bit",
@@ -23,7 +31,7 @@ SFT_ONLY = {
 }
 GRPO_ONLY = {"model.sft", "generation.temperature"}
 
-# What the original's two files hold (REFERENCE values), and every further key it knew.
+# The original's two files, and the other keys that it knew.
 ORIGINAL_SFT = """
 model:
   base: "Qwen/Qwen3-1.7B"
@@ -123,17 +131,8 @@ def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
     return found
 
 
-def all_keys() -> set[str]:
-    """Every dotted key that something reads."""
-    return {
-        key
-        for key in leaves(dataclasses.asdict(Config()))
-        if key not in NO_EFFECT and key.partition(".")[0] not in NO_EFFECT
-    }
-
-
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_the_shipped_file_says_what_the_defaults_are(stage, tmp_path):
+def test_keys_left_out_have_the_shipped_values(stage, tmp_path):
     shipped, ignored = load_config(stage)
     almost_empty, _ = load_config(stage, write(tmp_path, "model: {}"))
     assert shipped == almost_empty
@@ -143,13 +142,38 @@ def test_the_shipped_file_says_what_the_defaults_are(stage, tmp_path):
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
 def test_the_shipped_file_has_every_key_of_its_stage_with_a_comment(stage):
     text = (CONFIGS / f"{stage}.yaml").read_text(encoding="utf-8")
-    other = GRPO_ONLY | {k for k in all_keys() if k.startswith("grpo.")}
-    if stage == "grpo":
-        other = SFT_ONLY
-    assert set(leaves(yaml.safe_load(text))) == all_keys() - other
+    grpo_only = GRPO_ONLY | {key for key in KEYS if key.startswith("grpo.")}
+    other = grpo_only if stage == "sft" else SFT_ONLY
+    assert set(leaves(yaml.safe_load(text))) == KEYS.keys() - NO_EFFECT.keys() - other
     for line in text.splitlines():
         if re.match(r"\s+\w+:", line):
             assert re.search(r"\s#\s\w.{5,}", line), f"no comment: {line}"
+
+
+def test_only_keys_without_effect_have_a_default_in_the_code():
+    defaults = {name for name, each in KEYS.items() if each.default is not dataclasses.MISSING}
+    assert defaults == NO_EFFECT.keys()
+    assert all(each.default_factory is dataclasses.MISSING for each in KEYS.values())
+
+
+def test_the_other_stages_file_supplies_only_the_keys_that_the_stage_does_not_read(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(configuration, "CONFIGS", tmp_path)
+    for stage in ("sft", "grpo"):
+        text = (CONFIGS / f"{stage}.yaml").read_text(encoding="utf-8")
+        (tmp_path / f"{stage}.yaml").write_text(text, encoding="utf-8")
+    grpo = tmp_path / "grpo.yaml"
+    text = grpo.read_text(encoding="utf-8").replace("beta: 0.02", "beta: 0.5")
+    grpo.write_text(text.replace("seed: 42", "seed: 7"), encoding="utf-8")
+    config, _ = load_config("sft")
+    assert (config.grpo.beta, config.training.seed) == (0.5, 42)
+
+    sft = tmp_path / "sft.yaml"
+    text = sft.read_text(encoding="utf-8")
+    sft.write_text(re.sub(r"  (epochs|seed): .*\n", "", text), encoding="utf-8")
+    found = problems("sft", write(tmp_path, "training: {seed: 1}"))
+    assert [line.partition("; ")[0] for line in found] == [f"{sft}: training.epochs: missing"]
 
 
 def test_the_values_of_sft_are_the_originals():
@@ -166,7 +190,7 @@ def test_the_values_of_sft_are_the_originals():
     assert len(sft.lora.target_modules) == 7
 
 
-def test_where_grpo_differs_from_the_original_its_file_says_so():
+def test_the_grpo_file_names_the_originals_value_where_it_differs():
     original = leaves(yaml.safe_load(ORIGINAL_GRPO))
     shipped = leaves(dataclasses.asdict(load_config("grpo")[0]))
     lines = (CONFIGS / "grpo.yaml").read_text(encoding="utf-8").splitlines()
@@ -177,8 +201,9 @@ def test_where_grpo_differs_from_the_original_its_file_says_so():
     assert len(differing) >= 5
     for key in read:
         [place] = [i for i, x in enumerate(lines) if x.startswith(f"  {key.split('.')[1]}:")]
-        said = any("original: " in x.lower() for x in lines[place - 1 : place + 2])
-        assert said or key not in differing, key
+        # In the key's own comment: on its line or, if that line is full, on the next.
+        own = lines[place : place + 1] + [x for x in lines[place + 1 : place + 2] if x[2:3] == " "]
+        assert ("original: " in " ".join(own)) == (key in differing), key
 
 
 @pytest.mark.parametrize(("stage", "text"), [("sft", ORIGINAL_SFT), ("grpo", ORIGINAL_GRPO)])
@@ -194,8 +219,8 @@ def test_a_file_of_the_original_loads_unchanged(stage, text, tmp_path):
     assert all(re.fullmatch(r"[\w.]+ \(.+\)", sentence) for sentence in ignored)
 
 
-def test_a_number_written_without_a_dot_is_a_number(tmp_path):
-    assert isinstance(yaml.safe_load("2e-4"), str)  # why this needs care
+def test_a_number_that_yaml_reads_as_a_string_is_a_number(tmp_path):
+    assert isinstance(yaml.safe_load("2e-4"), str)
     path = write(tmp_path, "training: {learning_rate: 2e-4, epochs: '3', max_steps: 1e2}")
     training = load_config("sft", path)[0].training
     assert training.learning_rate == 0.0002
@@ -214,14 +239,14 @@ def test_all_problems_are_reported_at_once(tmp_path):
         """,
     )
     found = problems("sft", path, ["training.lr_scheduler=cosin", "lora.ranc=4"])
-    expected = [  # key, value, what is allowed or meant
+    expected = [  # key, value, and what is allowed or the nearest key
         ("model.bose", "unknown key", "did you mean model.base?"),
         ("training.learning_rte", "unknown key", "did you mean training.learning_rate?"),
         ("training.epochs", "'many'", "a number > 0.0"),
-        ("training.batch_size", "2.5", "a whole number >= 1"),
-        ("training.seed", "True", "a whole number >= 0"),
+        ("training.batch_size", "2.5", "an integer >= 1"),
+        ("training.seed", "True", "an integer >= 0"),
         ("training.max_grad_norm", "-1", ">= 0.0"),
-        ("lora.rank", "0", "a whole number >= 1"),
+        ("lora.rank", "0", "an integer >= 1"),
         ("lora.target_modules", "['q_proj', 'w_proj']", "q_proj, k_proj"),
         ("lora.dropout", "nan", "a number >= 0.0 <= 0.99"),
         ("grpo", "7", "not a section"),
@@ -241,11 +266,11 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("trainig: {}", "did you mean training?"),
         ("model: {rank: 4}", "did you mean lora.rank?"),
         ("learning_rate: 1", "did you mean training.learning_rate?"),
-        ("lora: {zzz: 4}", "known here: rank, alpha, dropout, target_modules"),
-        ("model: {7: 4}", "known here: base, output"),
+        ("lora: {zzz: 4}", "known keys: rank, alpha, dropout, target_modules"),
+        ("model: {7: 4}", "known keys: base, output"),
     ],
 )
-def test_an_unknown_key_names_the_nearest(text, hint, tmp_path):
+def test_an_unknown_key_is_reported_with_the_nearest_key(text, hint, tmp_path):
     [line] = problems("sft", write(tmp_path, text))
     assert "unknown key" in line and hint in line
 
@@ -274,14 +299,14 @@ def test_a_value_out_of_bounds_is_refused(text, key, tmp_path):
     assert f"{key}: " in line and "is not allowed; it takes " in line
 
 
-def test_null_is_named_as_allowed_where_it_is(tmp_path):
+def test_null_is_listed_where_it_is_allowed(tmp_path):
     [line] = problems("sft", write(tmp_path, "training: {patience: no}"))
-    assert line.endswith("it takes a whole number >= 1 or null")
+    assert line.endswith("it takes an integer >= 1 or null")
     config, _ = load_config("sft", write(tmp_path, "training: {save_interval_minutes: null}"))
     assert config.training.save_interval_minutes is None
 
 
-def test_4_and_8_bits_exclude_each_other(tmp_path):
+def test_4_bits_and_8_bits_together_are_an_error(tmp_path):
     [line] = problems("sft", write(tmp_path, "model: {load_in_4bit: true, load_in_8bit: true}"))
     assert "choose one" in line
 
@@ -300,25 +325,25 @@ def test_4_and_8_bits_exclude_each_other(tmp_path):
         ("model: {base: \xe9}".encode("latin-1"), "cannot be read"),
     ],
 )
-def test_a_file_that_is_no_config_is_one_line(text, reason, tmp_path):
+def test_a_file_that_is_not_a_configuration_is_reported_in_one_line(text, reason, tmp_path):
     path = write(tmp_path, text)
     [line] = problems("sft", path)
     assert line.startswith(f"{path}: ") and reason in line and len(line) < 300
 
 
-def test_a_missing_file_and_a_folder(tmp_path):
+def test_a_missing_file_and_a_folder_are_reported(tmp_path):
     [line] = problems("sft", tmp_path / "none.yaml")
-    assert "none.yaml: no such config file" in line
+    assert "none.yaml: " in line and "not found" in line
     [line] = problems("sft", tmp_path)
     assert "cannot be read" in line
 
 
-def test_a_byte_order_mark_is_no_problem(tmp_path):
+def test_a_byte_order_mark_is_ignored(tmp_path):
     config, _ = load_config("sft", write(tmp_path, b"\xef\xbb\xbfmodel: {base: a/b}\r\n"))
     assert config.model.base == "a/b"
 
 
-def test_settings_are_typed_and_win_in_order(tmp_path):
+def test_settings_are_typed_and_applied_in_order(tmp_path):
     path = write(tmp_path, "training: {epochs: 9, batch_size: 9}\nmodel: {base: file/kept}")
     config, ignored = load_config(
         "sft",
@@ -344,7 +369,7 @@ def test_settings_are_typed_and_win_in_order(tmp_path):
     assert [sentence.split(" (")[0] for sentence in ignored] == ["model.torch_dtype"]
 
 
-def test_a_glob_that_yaml_reads_as_an_alias_is_text():
+def test_a_glob_that_yaml_reads_as_an_alias_is_a_string():
     assert load_config("sft", None, ["dataset.name=*.jsonl"])[0].dataset.name == "*.jsonl"
 
 
@@ -366,7 +391,19 @@ def test_to_yaml_reads_back_to_an_equal_config(stage, tmp_path):
     assert to_yaml(again) == to_yaml(config)
 
 
-def test_a_changed_config_leaves_the_defaults_alone(tmp_path):
+def test_changing_a_configuration_does_not_change_the_defaults(tmp_path):
     path = write(tmp_path, "model: {}")
     load_config("grpo", path)[0].lora.target_modules.append("k_proj")
     assert load_config("grpo", path)[0].lora.target_modules == list(PROJECTIONS)
+
+
+def test_settings_are_the_same_if_every_key_of_the_stage_is(tmp_path):
+    path = write(tmp_path, to_yaml(load_config("sft")[0]))
+    for settings, same in (
+        ([], True),
+        (["grpo.penalties.empty=0.9", "model.sft=elsewhere", "generation.temperature=0.5"], True),
+        (["training.seed=1"], False),
+        (["lora.target_modules=[q_proj]"], False),
+    ):
+        assert same_settings("sft", path, load_config("sft", None, settings)[0]) == same
+        assert not same_settings("grpo", path, load_config("grpo")[0])

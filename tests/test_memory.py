@@ -3,9 +3,10 @@
 import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
+from settings import default_config
 from tiny import make_llama, make_qwen3
 
-from expander.config import Config, load_config
+from expander.config import load_config
 from expander.model import adapter_weights, add_lora, load_base, lora_config, read_chain
 from expander.train import memory
 from expander.train.memory import (
@@ -48,7 +49,7 @@ def test_adapter_counts_the_trainable_numbers(qwen):
 
 
 def test_an_estimate_worked_by_hand(qwen):
-    config, shape = Config(), shape_of(qwen)
+    config, shape = default_config(), shape_of(qwen)
     config.training.batch_size, config.lora.target_modules = 2, ["q_proj"]
     found = estimate("sft", config, shape, 10, width=2)
     assert found.weights == 2 * shape.parameters()
@@ -70,7 +71,7 @@ def test_an_estimate_worked_by_hand(qwen):
 
 def test_the_vocabulary_does_not_set_the_memory(qwen):
     """However many tokens, a few chunks of logits are held."""
-    config, shape = Config(), shape_of(qwen)
+    config, shape = default_config(), shape_of(qwen)
     config.training.batch_size = 10_000
     assert estimate("sft", config, shape, 512, 2).logits == 4 * 12 * memory.LOGIT_BUDGET
 

@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from chains import fused, make_adapter, make_chain
 from safetensors.numpy import load_file
+from settings import default_config
 
 import convert
 from expander import model as models
-from expander.config import Config, to_yaml
+from expander.config import to_yaml
 from expander.convert import formats, model_card, publish
 from expander.eval.comparison import SCHEMA
 from expander.eval.report import measure, result_of, summarize
@@ -129,7 +130,7 @@ def test_first_publication(
     home = tiny_qwen3.parent.parent
     assert tmp_path.is_relative_to(home)
     monkeypatch.setenv("HOME", str(home))
-    config = Config()
+    config = default_config()
     config.model.base = str(tmp_path / "base")
     (chain / "config.yaml").write_text(f"{to_yaml(config)}# {TOKEN}\n", encoding="utf-8")
     push(chain)
@@ -175,7 +176,7 @@ def test_first_publication(
 
 
 def test_the_card(chain, push, hub_root):
-    (chain / "config.yaml").write_text(to_yaml(Config()), encoding="utf-8")
+    (chain / "config.yaml").write_text(to_yaml(default_config()), encoding="utf-8")
     push(chain)
     card = read_card(hub_root)
     summary = evaluation(chain)["summary"]
@@ -431,7 +432,7 @@ def test_only_with_gguf_files(monkeypatch):
 
 
 def test_push_to_hub_in_the_configuration(chain, push, public, tmp_path):
-    config = Config()
+    config = default_config()
     config.model.push_to_hub = True
     (chain / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     push(chain, to=("--no-push",))

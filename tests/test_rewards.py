@@ -1,8 +1,9 @@
 """Each term by hand, and what the reward of a rollout is made of."""
 
 import pytest
+from settings import section
 
-from expander.config import Grpo, Penalties
+from expander.config import Penalties
 from expander.train.rewards import PENALTIES, set_rewards
 from expander.train.rollout import Rollout, group_metrics
 from reward import score_expansion_detailed
@@ -44,7 +45,7 @@ def test_amounts(name, text, finished, amount):
 
 def test_reward_is_the_rubric_less_the_weighted_penalties():
     weights = dict.fromkeys(PENALTIES, 0.0) | {"truncated": 0.25, "duplicate_lines": 0.5}
-    settings = Grpo(penalties=Penalties(**weights))
+    settings = section("grpo", penalties=Penalties(**weights))
     rollout = Rollout(QUERY, [1], [2], False, "lex: auth settings\nlex: auth settings\n")
     set_rewards([rollout], settings)
     rubric = score_expansion_detailed(QUERY, rollout.text)["percentage"] / 100
@@ -63,7 +64,7 @@ def test_reward_is_the_rubric_less_the_weighted_penalties():
 def test_the_score_ignores_the_echo_cap_that_the_percentage_has():
     echo = "lex: auth config\nvec: how to configure auth\n"
     rollouts = [Rollout(QUERY, [1], [2], True, echo) for _ in range(2)]
-    set_rewards(rollouts[:1], Grpo(reward="percentage"))
-    set_rewards(rollouts[1:], Grpo(reward="score"))
+    set_rewards(rollouts[:1], section("grpo", reward="percentage"))
+    set_rewards(rollouts[1:], section("grpo", reward="score"))
     assert rollouts[0].reward == 0.5
     assert rollouts[1].reward > 0.7

@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_unflatten
+from settings import section
 
 from expander import model as models
 from expander.cli import Interrupted
@@ -52,7 +53,9 @@ def hugging_face(name: str, step: int, warmup: int, total: int) -> float:
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
 @pytest.mark.parametrize(("total", "ratio"), [(100, 0.03), (7, 0.5), (1, 0.03), (10, 0.0)])
 def test_the_learning_rate_is_hugging_faces(name, total, ratio):
-    rate = schedule(Training(learning_rate=3e-4, lr_scheduler=name, warmup_ratio=ratio), total)
+    rate = schedule(
+        section("training", learning_rate=3e-4, lr_scheduler=name, warmup_ratio=ratio), total
+    )
     warmup = math.ceil(ratio * total)
     for step in range(total):
         expected = 3e-4 * hugging_face(name, step, warmup, total)
@@ -60,7 +63,9 @@ def test_the_learning_rate_is_hugging_faces(name, total, ratio):
 
 
 def test_the_learning_rate_in_figures():
-    rate = schedule(Training(learning_rate=1.0, lr_scheduler="cosine", warmup_ratio=0.1), 20)
+    rate = schedule(
+        section("training", learning_rate=1.0, lr_scheduler="cosine", warmup_ratio=0.1), 20
+    )
     values = [round(rate(mx.array(step)).item(), 4) for step in (0, 1, 2, 11, 20)]
     assert values == [0.0, 0.5, 1.0, 0.5, 0.0]
 
@@ -88,7 +93,8 @@ def torch_adamw(steps: list[list[np.ndarray]], values, rate, decay, limit) -> tu
 @pytest.mark.parametrize("limit", [0.0, 0.5, 100.0])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_is_pytorchs_after_clipping(limit, decay):
-    training = Training(
+    training = section(
+        "training",
         learning_rate=0.1,
         lr_scheduler="linear",
         warmup_ratio=0.0,
@@ -119,8 +125,8 @@ def test_adamw_is_pytorchs_after_clipping(limit, decay):
 
 def test_one_step_of_adamw_by_hand():
     """Norm 5 clipped to 0.5; the first step of Adam is the rate times the gradient's sign."""
-    training = Training(
-        learning_rate=0.01, lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=0.5
+    training = section(
+        "training", learning_rate=0.01, lr_scheduler="constant", warmup_ratio=0.0, max_grad_norm=0.5
     )
     model, optimizer = Two(), AdamW(training, total=1)
     optimizer.update(model, {"a": mx.array([3.0, -4.0, 0.0]), "b": mx.array([[0.0]])})
@@ -130,7 +136,10 @@ def test_one_step_of_adamw_by_hand():
 
 
 def test_the_first_update_is_at_step_0_of_the_schedule():
-    model, optimizer = Two(), AdamW(Training(learning_rate=1.0, warmup_ratio=0.5), total=4)
+    model, optimizer = (
+        Two(),
+        AdamW(section("training", learning_rate=1.0, warmup_ratio=0.5), total=4),
+    )
     gradient = {"a": mx.ones((3,)), "b": mx.ones((1, 1))}
     optimizer.update(model, gradient)
     assert model.b.item() == 0.5 and optimizer.learning_rate.item() == 0.0
@@ -154,7 +163,7 @@ def trained(tiny_qwen3: Path) -> tuple[nn.Module, AdamW]:
     model = models.load_base(tiny_qwen3)
     mx.random.seed(3)
     models.add_lora(model, models.lora_config(model, 2, 4.0, 0.0, ("q_proj",)))
-    optimizer = AdamW(Training(warmup_ratio=0.0), total=10)
+    optimizer = AdamW(section("training", warmup_ratio=0.0), total=10)
     optimizer.init(model.trainable_parameters())
     ones = {n: mx.ones_like(v) for n, v in models.adapter_weights(model).items()}
     optimizer.update(model, tree_unflatten(list(ones.items())))
@@ -193,7 +202,7 @@ def test_a_checkpoint_restores_adapter_optimizer_progress_and_random_numbers(
 
     fresh = models.load_base(tiny_qwen3)
     models.add_lora(fresh, models.lora_config(fresh, 2, 4.0, 0.0, ("q_proj",)))
-    other = AdamW(Training(warmup_ratio=0.0), total=10)
+    other = AdamW(section("training", warmup_ratio=0.0), total=10)
     other.init(fresh.trainable_parameters())
     again = Run(config, "sft", 10, resume=True, overwrite=False)
     again._restore(fresh, other)

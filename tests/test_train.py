@@ -455,7 +455,7 @@ def mistake(tmp_path, monkeypatch, capfd):
 
 
 def test_mistakes_in_the_configuration(mistake, tmp_path):
-    assert "none.yaml: no such config file" in mistake("sft", "--config", "none.yaml")
+    assert "none.yaml: config file not found" in mistake("sft", "--config", "none.yaml")
     (tmp_path / "c.yaml").write_text("training: {learning_rte: 1}\n")
     said = mistake("sft", "--config", "c.yaml")
     assert "training.learning_rte: unknown key; did you mean training.learning_rate?" in said

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from expander.cli import Interrupted, duration
-from expander.config import Config, to_yaml
+from expander.config import Config, same_settings, to_yaml
 from expander.files import write_json, write_text
 from expander.model import adapter_weights, add_lora, lora_config, save_adapter
 from expander.train import distributed
@@ -140,7 +140,7 @@ class Run:
         if not unfinished:
             raise ValueError(f"--resume: {self.folder} holds no unfinished run")
         started = self.started_config
-        if started.is_file() and started.read_text(encoding="utf-8") != self.config_text:
+        if started.is_file() and not same_settings(self.stage, started, self.config):
             raise ValueError(
                 f"--resume: the configuration differs from the one {self.folder} was started with "
                 f"({started}); use that one, or start over with --overwrite"

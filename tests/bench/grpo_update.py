@@ -20,11 +20,11 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from expander import model as models
-from expander.config import Config, Dataset, Generation, Grpo, Lora, Model
 from expander.train.logps import completion_logps, completion_states, pad
 from expander.train.loss import grpo_loss
 from expander.train.rollout import Rollout, micro_batches, sample, stack
 from tests.bench.grpo_vs_mlx_lm_lora import ALPHA, BETA, GROUP, PROMPTS, RANK, load_policy
+from tests.settings import default_config, section
 
 ROWS, TEMPERATURE = 8, 1.0
 
@@ -130,18 +130,23 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=120, help="limit of a completion, 120")
     parser.add_argument("--rounds", type=int, default=2, help="the best of so many counts, 2")
     arguments = parser.parse_args()
-    config = Config(
-        model=Model(sft=arguments.sft),
-        dataset=Dataset(
-            name=arguments.rows, eval_split=0.0, qmd_system_prompt_share=0.0, max_samples=PROMPTS
+    config = default_config(
+        model=section("model", sft=arguments.sft),
+        dataset=section(
+            "dataset",
+            name=arguments.rows,
+            eval_split=0.0,
+            qmd_system_prompt_share=0.0,
+            max_samples=PROMPTS,
         ),
-        grpo=Grpo(
+        grpo=section(
+            "grpo",
             num_generations=GROUP,
             max_completion_length=arguments.tokens,
             rollout_batch_size=PROMPTS * GROUP,
         ),
-        lora=Lora(rank=RANK, alpha=ALPHA),
-        generation=Generation(temperature=TEMPERATURE),
+        lora=section("lora", rank=RANK, alpha=ALPHA),
+        generation=section("generation", temperature=TEMPERATURE),
     )
     model, tokenizer, end, prompts = load_policy(config)
     model.eval()

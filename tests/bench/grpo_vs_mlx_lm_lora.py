@@ -20,8 +20,9 @@ import tempfile
 import time
 from pathlib import Path
 
-from expander.config import PROJECTIONS, Config, Dataset, Generation, Grpo, Lora, Model, Training
+from expander.config import PROJECTIONS, Config
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
+from tests.settings import default_config, section
 
 PROMPTS, GROUP, TEMPERATURE, BETA = 4, 8, 1.0, 0.02
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 5e-5
@@ -30,15 +31,17 @@ SIDES = ("ours", "mlx-lm-lora")
 
 
 def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
-    return Config(
-        model=Model(sft=arguments.sft, output=str(folder / "ours")),
-        dataset=Dataset(
+    return default_config(
+        model=section("model", sft=arguments.sft, output=str(folder / "ours")),
+        dataset=section(
+            "dataset",
             name=arguments.rows,
             eval_split=0.0,
             qmd_system_prompt_share=0.0,
             max_samples=arguments.steps * PROMPTS,
         ),
-        training=Training(
+        training=section(
+            "training",
             max_steps=arguments.steps,
             batch_size=arguments.micro_batch,
             gradient_accumulation_steps=PROMPTS * GROUP // arguments.micro_batch,
@@ -46,7 +49,8 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
             lr_scheduler="constant",
             warmup_ratio=0.0,
         ),
-        grpo=Grpo(
+        grpo=section(
+            "grpo",
             num_generations=GROUP,
             max_completion_length=arguments.tokens,
             beta=BETA,
@@ -54,8 +58,8 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
             eval_prompts=0,
             rollout_batch_size=PROMPTS * GROUP,
         ),
-        lora=Lora(rank=RANK, alpha=ALPHA),
-        generation=Generation(temperature=TEMPERATURE),
+        lora=section("lora", rank=RANK, alpha=ALPHA),
+        generation=section("generation", temperature=TEMPERATURE),
     )
 
 

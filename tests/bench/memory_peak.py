@@ -20,6 +20,7 @@ from expander.train.batches import Row, collate
 from expander.train.memory import GB, Shape, estimate
 from expander.train.optim import AdamW
 from expander.train.sft import completion_loss
+from tests.settings import default_config
 from tests.tiny import make_qwen3
 
 PROMPT = 18
@@ -58,7 +59,7 @@ def peak(path: Path, config: Config, rows: int, length: int, checkpointing: bool
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
-    config = Config()
+    config = default_config()
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"hidden": 512, "layers": 12, "heads": 8, "kv_heads": 4, "head_dim": 64}
         path = make_qwen3(Path(folder), ffn=1536, full_vocab=True, **sizes)

@@ -23,8 +23,9 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from expander.config import PROJECTIONS, Config, Dataset, Lora, Model, Training
+from expander.config import PROJECTIONS, Config
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
+from tests.settings import default_config, section
 
 BLOCK = 5
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 2e-4
@@ -34,10 +35,13 @@ SIDES = ("ours", "mlx_lm.lora")
 
 
 def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
-    return Config(
-        model=Model(base=arguments.model, output=str(folder / SIDES[0])),
-        dataset=Dataset(name=str(folder / TRAIN), eval_split=0.0, qmd_system_prompt_share=0.0),
-        training=Training(
+    return default_config(
+        model=section("model", base=arguments.model, output=str(folder / SIDES[0])),
+        dataset=section(
+            "dataset", name=str(folder / TRAIN), eval_split=0.0, qmd_system_prompt_share=0.0
+        ),
+        training=section(
+            "training",
             max_steps=arguments.steps,
             batch_size=arguments.batch_size // arguments.passes,
             gradient_accumulation_steps=arguments.passes,
@@ -46,7 +50,7 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
             warmup_ratio=0.0,
             seed=arguments.seed,
         ),
-        lora=Lora(rank=RANK, alpha=ALPHA),
+        lora=section("lora", rank=RANK, alpha=ALPHA),
     )
 
 

@@ -34,17 +34,19 @@ def train_ours(folder: Path, architecture: str) -> dict:
     from mlx_lm.tuner.callbacks import TrainingCallback
 
     from expander import model as models
-    from expander.config import PROJECTIONS, Config, Training
+    from expander.config import PROJECTIONS
     from expander.rows import load_rows
     from expander.train.batches import Batches, tokenize
     from expander.train.inputs import encode_prompts
     from expander.train.optim import AdamW
     from expander.train.sft import completion_loss
     from tests import tiny
+    from tests.settings import default_config, section
 
     base = {"qwen3": tiny.make_qwen3, "llama": tiny.make_llama}[architecture](folder / "model")
-    config = Config(
-        training=Training(
+    config = default_config(
+        training=section(
+            "training",
             batch_size=BATCH,
             gradient_accumulation_steps=ACCUMULATION,
             learning_rate=LEARNING_RATE,
