@@ -29,7 +29,7 @@ def parse_arguments() -> argparse.Namespace:
         description="Expand queries with a model, score the expansions, compare two results.",
         epilog="example: python eval.py --model outputs/grpo --decode qmd -o results.json",
     )
-    add, count = parser.add_argument, cli.whole(1)
+    add, count = parser.add_argument, cli.integer_from(1)
     add("positional_model", metavar="MODEL", nargs="?", help="the same as --model")
     add("--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)")
     add("--queries", type=Path, metavar="FILE", help="one a line (default: evals/queries.txt)")
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=count, metavar="N", default=1, help="texts a query, with --decode qmd")
     add(
         "--seed",
-        type=cli.whole(0),
+        type=cli.integer_from(0),
         default=42,
         help="of sampling and of the intervals (default: 42)",
     )

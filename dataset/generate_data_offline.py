@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--question", metavar="COLUMN", help=f"default: the first of {', '.join(QUESTION)}")
     add("--passage", metavar="COLUMN", help=f"default: the first of {', '.join(PASSAGE)}")
     add("--answer", metavar="COLUMN", help=f"default: the first of {', '.join(ANSWER)}, if any")
-    add("--max-rows", type=cli.whole(1), metavar="N", help="stop at N rows, from all over the set")
+    add("--max-rows", type=cli.integer_from(1), metavar="N", help="stop at N rows, from all over the set")
     add(
         "--min-score", type=float, metavar="S", default=LEAST, help="percent (default: %(default)s)"
     )

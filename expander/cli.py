@@ -1,10 +1,10 @@
-"""What the commands share: the Python check, one-line errors, plain progress."""
+"""Shared by all commands: the Python version check, one-line errors, argument types, progress."""
 
 import sys
 
 if sys.version_info < (3, 11):
     found = ".".join(map(str, sys.version_info[:3]))
-    sys.exit(f"error: Python 3.11 or newer is needed, this is {found}; make .venv with a newer one")
+    sys.exit(f"error: Python 3.11 or newer is required, this is {found}; recreate .venv with it")
 
 import argparse
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class Interrupted(Exception):
-    """Stopped by a signal after saving; carries the signal's number."""
+    """A command saved its work and stopped because of a signal."""
 
     def __init__(self, signum: int, message: str):
         super().__init__(message)
@@ -22,13 +22,13 @@ class Interrupted(Exception):
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a command: user mistakes end in one line and exit code 2, never in a traceback."""
+    """Run a command: user errors print one line with the fix and exit with 2, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    rank = int(os.environ.get("MLX_RANK", "0"))  # of the processes that mlx.launch starts
-    if rank:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115, till the end
+    rank = int(os.environ.get("MLX_RANK", "0"))  # set by mlx.launch
+    if rank:  # only rank 0 prints
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115, open until the end
     label = f"rank {rank}: error" if rank else "error"
     try:
         sys.exit(main() or 0)
@@ -45,21 +45,21 @@ def run(main: Callable[[], int | None]) -> None:
         sys.exit(2)
 
 
-def whole(least: int) -> Callable[[str], int]:
-    """The type of an argument that takes whole numbers from `least` on."""
+def integer_from(minimum: int) -> Callable[[str], int]:
+    """An argument type: integers of at least `minimum`."""
 
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is not a whole number from {least} on")
+    def integer(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text} is not an integer >= {minimum}")
         return int(text)
 
-    return number
+    return integer
 
 
 def new_file(text: str) -> Path:
-    """The type of an argument that names a file to be written, which must not be there yet."""
+    """An argument type: a file to write that does not exist yet."""
     if Path(text).exists():
-        raise argparse.ArgumentTypeError(f"{text} is there already: name another, or delete it")
+        raise argparse.ArgumentTypeError(f"{text} already exists; choose another name or delete it")
     return Path(text)
 
 
@@ -76,20 +76,19 @@ def duration(seconds: float) -> str:
 
 
 class Progress:
-    """A counter redrawn in place on a terminal; elsewhere a plain line now and then."""
+    """A counter on stderr: redrawn in place on a terminal, otherwise a line every few seconds."""
 
-    def __init__(self, what: str, total: int, every_seconds: float = 15.0):
-        self.what, self.total, self.every = what, total, every_seconds
+    def __init__(self, label: str, total: int, every_seconds: float = 15.0):
+        self.label, self.total, self.every = label, total, every_seconds
         self.start = self.last = time.monotonic()
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
         left = duration((now - self.start) / done * (self.total - done)) if done else "?"
-        line = f"{self.what} {done}/{self.total}, {left} left"
+        line = f"{self.label} {done}/{self.total}, {left} left"
         if sys.stderr.isatty():
-            print(
-                f"\r\x1b[K{line if done < self.total else ''}", end="", file=sys.stderr, flush=True
-            )
+            shown = line if done < self.total else ""
+            print(f"\r\x1b[K{shown}", end="", file=sys.stderr, flush=True)
         elif done < self.total and now - self.last >= self.every:
             print(line, file=sys.stderr, flush=True)
             self.last = now

@@ -1,7 +1,7 @@
-"""Files that are never half-written, and training checkpoints that resume exactly.
+"""Atomic writes, and digests of files.
 
-A checkpoint is a folder step-000120/ of .safetensors files and a state.json with their checksums. It
-is written under a temporary name and renamed, so a kill at any moment leaves the one before intact.
+A file is written under a temporary name, flushed to disk and renamed: at any moment it has either its
+old content or all of its new content.
 """
 
 import hashlib
@@ -12,6 +12,7 @@ from pathlib import Path
 
 
 def fsync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -20,13 +21,15 @@ def fsync(path: Path) -> None:
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
-    """Have `write` fill a temporary file beside `path`, then put it in place in one step.
+    """Call `write` with a temporary path in the folder of `path`, then rename it to `path`.
+
+    Folders are created as needed.
 
     Raises:
-        OSError: the disk is full or the folder not writable; `path` is as it was before.
+        OSError: the disk is full or the folder is not writable; `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: MLX writes the format that the file name ends in.
+    # The suffix stays at the end: MLX chooses the format by it.
     temporary = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         write(temporary)
@@ -38,33 +41,39 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file."""
     atomic_write(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_json(path: Path, value: object) -> None:
+    """Write an indented JSON file."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_rows(path: Path, rows: Iterable[dict]) -> None:
-    """JSON Lines: one object a line."""
+    """Write a JSON Lines file: one object per line."""
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def save_arrays(path: Path, arrays: dict) -> None:
-    """Write named MLX arrays as .safetensors; the same arrays give the same bytes."""
-    import mlx.core as mx
+    """Write named MLX arrays as .safetensors; equal arrays give equal bytes.
+
+    Raises:
+        OSError: the write failed; `path` is unchanged.
+    """
+    import mlx.core as mx  # here, because most commands that write files do not need MLX
 
     def write(temporary: Path) -> None:
         try:
-            # The order in which names were inserted shows in MLX's file.
+            # MLX writes arrays in insertion order.
             mx.save_safetensors(str(temporary), dict(sorted(arrays.items())))
-        except RuntimeError as error:  # what MLX raises when a write falls short
+        except RuntimeError as error:  # MLX's error for a short write
             raise OSError(f"cannot write {path}: {error}") from None
 
     atomic_write(path, write)
 
 
 def digest(path: Path) -> str:
-    """The SHA-256 of a file, as hex."""
+    """The SHA-256 of a file, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -1,5 +1,6 @@
-"""cli.py: how a command ends, and what it says meanwhile."""
+"""expander/cli.py: exit codes, one-line errors, argument types, progress."""
 
+import argparse
 import subprocess
 import sys
 from pathlib import Path
@@ -25,13 +26,13 @@ def raising(error: BaseException):
 
 
 @pytest.mark.parametrize(("result", "code"), [(None, 0), (0, 0), (3, 3)])
-def test_a_result_is_the_exit_code(result, code, capsys):
+def test_the_result_of_main_is_the_exit_code(result, code, capsys):
     assert ending(lambda: result) == code
     assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "said"),
+    ("error", "code", "message"),
     [
         (ValueError("rows.jsonl:3: no query"), 2, "error: rows.jsonl:3: no query\n"),
         (OSError(28, "No space left on device"), 2, "error: [Errno 28] No space left on device\n"),
@@ -41,17 +42,17 @@ def test_a_result_is_the_exit_code(result, code, capsys):
         (BrokenPipeError(), 141, ""),
     ],
 )
-def test_an_error_of_the_user_is_one_line(error, code, said, capsys):
+def test_a_user_error_prints_one_line(error, code, message, capsys):
     assert ending(raising(error)) == code
-    assert capsys.readouterr() == ("", said)
+    assert capsys.readouterr() == ("", message)
 
 
-def test_an_error_of_ours_keeps_its_traceback():
+def test_a_bug_keeps_its_traceback():
     with pytest.raises(TypeError):
         cli.run(raising(TypeError("a bug")))
 
 
-def test_a_reader_that_stops_early_is_no_error():
+def test_a_reader_that_stops_early_causes_no_error_message():
     """train.py --dry-run | head -1"""
     process = subprocess.Popen(
         [
@@ -65,29 +66,29 @@ def test_a_reader_that_stops_early_is_no_error():
     )
     assert process.stdout.readline() == b"y\n"
     process.stdout.close()
-    said = process.stderr.read()
+    errors = process.stderr.read()
     process.stderr.close()
-    assert process.wait() == 141 and said == b""
+    assert process.wait() == 141 and errors == b""
 
 
-def test_progress_off_a_terminal_is_a_line_now_and_then(capsys):
+def test_progress_without_a_terminal_prints_a_line_at_intervals(capsys):
     silent = cli.Progress("queries", 3)
     for done in (1, 2, 3):
         silent(done)
     assert capsys.readouterr().err == ""
-    told = cli.Progress("queries", 3, every_seconds=0.0)
+    progress = cli.Progress("queries", 3, every_seconds=0.0)
     for done in (0, 1, 2, 3):
-        told(done)
+        progress(done)
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(",")[0] for line in lines] == ["queries 0/3", "queries 1/3", "queries 2/3"]
     assert all(line.endswith("left") for line in lines)
 
 
-def test_progress_on_a_terminal_stays_on_one_line_and_goes(capsys, monkeypatch):
+def test_progress_on_a_terminal_redraws_one_line_and_clears_it(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    told = cli.Progress("queries", 2)
-    told(1)
-    told(2)
+    progress = cli.Progress("queries", 2)
+    progress(1)
+    progress(2)
     text = capsys.readouterr().err
     assert "queries 1/2" in text and "\n" not in text and text.endswith("\r\x1b[K")
 
@@ -98,3 +99,13 @@ def test_progress_on_a_terminal_stays_on_one_line_and_goes(capsys, monkeypatch):
 )
 def test_durations(seconds, text):
     assert cli.duration(seconds) == text
+
+
+def test_argument_types(tmp_path):
+    assert cli.integer_from(0)("0") == 0 and cli.integer_from(1)("12") == 12
+    for text in ("0", "-1", "1.5", "x", ""):
+        with pytest.raises(argparse.ArgumentTypeError, match=">= 1"):
+            cli.integer_from(1)(text)
+    assert cli.new_file(str(tmp_path / "new")) == tmp_path / "new"
+    with pytest.raises(argparse.ArgumentTypeError, match=f"{tmp_path} already exists"):
+        cli.new_file(str(tmp_path))

@@ -130,7 +130,7 @@ def test_one_query(run, tiny_qwen3):
         (["--query", " "], "the query is empty"),
         (["--query", "a\x00b"], "characters that are no text"),
         (["--samples", "2"], "add --decode qmd"),
-        (["--max-queries", "0"], "not a whole number from 1 on"),
+        (["--max-queries", "0"], "not an integer >= 1"),
         (["--fail-under", "101"], "a percentage from 0 to 100"),
         (["--compare", "a.json", "b.json", "-o", "c.json"], "--compare takes neither"),
         (["a", "--model", "b"], "named twice"),

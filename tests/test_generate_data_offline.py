@@ -229,7 +229,7 @@ def test_a_set_of_the_hub(run, hub, hub_root, tmp_path):
     assert done.returncode == 0, done.stderr
     assert len(lines(tmp_path / "rows.jsonl")) == 4
     again = run([script, "nobody/answers", "-o", "rows.jsonl"], cwd=tmp_path, env=hub)
-    assert again.returncode == 2 and "rows.jsonl is there already" in again.stderr
+    assert again.returncode == 2 and "rows.jsonl already exists" in again.stderr
 
 
 def test_a_mistake_is_one_line(generate, tmp_path):
