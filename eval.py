@@ -97,7 +97,7 @@ def score_outputs(path: Path) -> list[dict]:
         categories.setdefault(query.strip(), category if isinstance(category, str) else None)
         samples.setdefault(query.strip(), []).append(measure(query.strip(), text))
     if not samples:
-        raise ValueError(f"--score-only {path}: there are no rows in it")
+        raise ValueError(f"--score-only {path}: contains no rows")
     return [result_of(query, categories[query], samples[query]) for query in samples]
 
 

@@ -1,5 +1,5 @@
-"""When two texts say the same: near copies of a few queries, near-duplicates among many, and
-sentences that only the words of their queries vary."""
+"""Similarity of texts: near copies of a few queries, near duplicates among many, and template
+sentences, which differ only in the words of their query."""
 
 import re
 import unicodedata
@@ -7,18 +7,20 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from zlib import crc32
 
+import numpy as np
+
 from expander.queries import base_query
 
-# In how many two-letter pieces two queries must agree, at least, to count as near copies.
+# Minimum share of common character pairs for two queries to count as near copies.
 NEAR = 0.75
-# MinHash: 12 bands of 3 propose 95 % of the pairs at 0.75, and 99.8 % of those at 0.85.
+# MinHash: 12 bands of 3 hashes find 95 % of the pairs with similarity 0.75 and 99.8 % at 0.85.
 BANDS, BAND_HASHES = 12, 3
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 SLOT = "…"
 
 
 def plain(query: str) -> str:
-    """Without case, accents, punctuation, /only: suffix, and with the words in order.
+    """The query without case, accents, punctuation and /only: suffix, its words sorted.
 
     >>> plain("Résumé: the PDF? /only:lex")
     'pdf resume the'
@@ -29,20 +31,23 @@ def plain(query: str) -> str:
 
 
 def pieces(query: str) -> Counter[str]:
-    """The pairs of neighbouring characters of the plain query."""
+    """The pairs of adjacent characters in the plain query, with their counts."""
     text = plain(query)
     return Counter(text[i : i + 2] for i in range(len(text) - 1)) or Counter([text])
 
 
 def nearness(a: Counter[str], b: Counter[str]) -> float:
-    """Dice's coefficient of two bags of pieces: 1 for the same, 0 for nothing in common."""
+    """Dice's coefficient of two multisets: 1 if they are equal, 0 if they have nothing in common."""
     return 2 * (a & b).total() / (a.total() + b.total())
 
 
 def near_copies(queries: Sequence[str], rows: Iterable[str]) -> list[tuple[str, str]]:
-    """The (query, row) pairs that are the same but for case, order, suffix or small edits.
+    """Find rows that equal a query apart from case, word order, suffix or small edits.
 
     Exact, and fast for a few queries against any number of rows.
+
+    Returns:
+        (query, row) pairs.
     """
     bags = [pieces(query) for query in queries]
     sizes = [bag.total() for bag in bags]
@@ -64,13 +69,14 @@ def near_copies(queries: Sequence[str], rows: Iterable[str]) -> list[tuple[str, 
 
 
 def near_duplicates(queries: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """(earlier, later) pairs of near copies among many queries, each later one once.
+    """Find near copies among many queries, each with one earlier query.
 
-    MinHash (Broder 1997) proposes earlier queries, `nearness` decides: time and memory grow with
-    the number of queries and not with that of the pairs, and a few pairs are missed.
+    MinHash (Broder 1997) proposes earlier queries and `nearness` decides. Time and memory grow
+    with the number of queries, not of pairs; a few pairs are missed.
+
+    Yields:
+        (earlier query, later query) pairs.
     """
-    import numpy as np
-
     rng = np.random.default_rng(0)
     factors, offsets = rng.integers(1, 2**63, size=(2, BANDS * BAND_HASHES), dtype=np.uint64)
     factors |= np.uint64(1)
@@ -78,8 +84,8 @@ def near_duplicates(queries: Iterable[str]) -> Iterator[tuple[str, str]]:
     for query in queries:
         bag = pieces(query)
         hashes = np.array([crc32(piece.encode()) for piece in bag], dtype=np.uint64)
-        least = (hashes[:, None] * factors + offsets).min(axis=0)  # (BANDS * BAND_HASHES,)
-        keys = [band.tobytes() for band in least.reshape(BANDS, BAND_HASHES)]
+        minima = (hashes[:, None] * factors + offsets).min(axis=0)  # (BANDS * BAND_HASHES,)
+        keys = [band.tobytes() for band in minima.reshape(BANDS, BAND_HASHES)]
         proposed = {
             id(first): first for at, key in zip(firsts, keys, strict=True) if (first := at.get(key))
         }
@@ -93,7 +99,7 @@ def near_duplicates(queries: Iterable[str]) -> Iterator[tuple[str, str]]:
 
 
 def template_of(text: str, query: str) -> str:
-    """The text in lower case, with each run of the query's words and of numbers as one slot.
+    """The text in lower case, with a slot for each run of numbers and words of the query.
 
     >>> template_of("This overview of Jazz history covers 3 key styles.", "jazz history")
     'this overview of … covers … key styles'

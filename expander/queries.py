@@ -1,4 +1,4 @@
-"""Queries: when two are the same, the evaluation list, and digests of those trained on."""
+"""Queries: when two are the same, the evaluation list, and digests of the training queries."""
 
 import hashlib
 import json
@@ -8,31 +8,34 @@ from pathlib import Path
 
 from expander.files import write_json
 
-# "/only:lex" is QMD's form; "only: lex" stands in older rows.
+# QMD writes "/only:lex"; older rows have "only: lex".
 ONLY_SUFFIX = re.compile(r"\s+/?only:\s*(?:lex|vec|hyde)\s*$", re.IGNORECASE)
-
-
-# What no row may ask, or nearly.
+# Training rows must not contain these queries or near copies of them.
 EVALUATION_QUERIES = Path(__file__).parents[1] / "evals" / "queries.txt"
-
-
-# In an adapter folder: which queries it was trained on, without telling them.
+# In an adapter folder: digests of the queries it was trained on, which do not reveal them.
 QUERY_DIGESTS = "queries.json"
 
 
 def normal_query(query: str) -> str:
-    """The form under which two queries count as the same one."""
+    """Lower case, single spaces: two queries are the same if these are equal."""
     return " ".join(query.lower().split())
 
 
 def base_query(query: str) -> str:
-    """The normal form without an /only: suffix: variants of one query share it."""
+    """The normal form without an /only: suffix, shared by the variants of a query."""
     return ONLY_SUFFIX.sub("", normal_query(query))
 
 
 def read_queries(path: Path) -> list[tuple[str, str | None]]:
-    """(query, category) of each query of a text file, once: "# name" opens a category, any other
-    "#" line is a comment.
+    """Read the queries of a text file, one per line, without duplicates.
+
+    "# name" starts a category; other lines that start with "#" are comments.
+
+    Returns:
+        (query, category) pairs.
+
+    Raises:
+        ValueError: the file cannot be read or contains no queries.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -49,26 +52,26 @@ def read_queries(path: Path) -> list[tuple[str, str | None]]:
         elif line and not line.startswith("#"):
             queries.setdefault(line, category)
     if not queries:
-        raise ValueError(f"--queries {path}: there is no query in it; write one a line")
+        raise ValueError(f"--queries {path}: contains no queries; write one per line")
     return list(queries.items())
 
 
 def query_digest(query: str) -> str:
-    """The first 16 hex digits of the SHA-256 of the query as `base_query` has it: /only: variants share it."""
+    """The first 16 hex digits of the SHA-256 of `base_query`: /only: variants share it."""
     return hashlib.sha256(base_query(query).encode()).hexdigest()[:16]
 
 
 def write_query_digests(folder: Path, queries: Iterable[str]) -> None:
-    """Record in an adapter's folder what it was trained on, so that an evaluation can tell."""
+    """Record the training queries in an adapter folder, so that an evaluation can detect them."""
     digests = sorted(set(map(query_digest, queries)))
     write_json(folder / QUERY_DIGESTS, {"schema": 1, "sha256": digests})
 
 
 def read_query_digests(folder: Path) -> frozenset[str] | None:
-    """The digests recorded in an adapter's folder; None when it has no record.
+    """Read the digests in an adapter folder; None if it has none.
 
     Raises:
-        DataError: there is one, and it cannot be understood.
+        ValueError: the file is not a record of this format.
     """
     path = folder / QUERY_DIGESTS
     if not path.is_file():
@@ -76,7 +79,7 @@ def read_query_digests(folder: Path) -> frozenset[str] | None:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         if record["schema"] != 1:
-            raise ValueError(f"schema {record['schema']!r} is unknown")
+            raise ValueError(f"unknown schema {record['schema']!r}")
         return frozenset(record["sha256"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a record of training queries: {error}") from None

@@ -1,7 +1,7 @@
-"""One typed row, read from every format found in the wild, and the one loader of rows.
+"""Rows: every known format as a typed `Example`, and the loader that splits them.
 
-A row is canonical ({"query", "output": [["hyde", text], ...]}), input/output, searches, chat
-("messages" and/or rendered "text") or prompt/completion. All of them become an `Example`.
+A row is canonical ({"query": ..., "output": [["hyde", text], ...]}), input/output, searches, chat
+("messages", rendered "text" or both) or prompt/completion.
 """
 
 import glob
@@ -23,14 +23,14 @@ TURN = re.compile(
     re.DOTALL,
 )
 INTENT = re.compile(r"\n\s*Query intent:\s*(.*)\Z", re.DOTALL | re.IGNORECASE)
-SURROGATE = re.compile(r"[\ud800-\udfff]")  # what JSON's "\ud83d" alone becomes
+SURROGATE = re.compile(r"[\ud800-\udfff]")  # unpaired: JSON's "\ud83d" without its other half
 LINE = re.compile(rf"({'|'.join(TYPES)})\s*:\s*(.*)", re.DOTALL)
-# The project's own rows, as its tools find them from the root.
+# The project's own rows, from its root.
 DATA = "data/*.jsonl"
 
 
 class DataError(ValueError):
-    """A row, a file or a data set that cannot be used; the message starts with its place."""
+    """An unusable row, file or data set; the message starts with its location."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +46,13 @@ class Example:
 
     @property
     def is_only(self) -> bool:
-        """Whether the query asks for one type of line alone."""
+        """Whether the query asks for only one type of line."""
         return base_query(self.query) != normal_query(self.query)
 
 
 @dataclass
 class Rows:
-    """The rows of one source, and what was left out on the way."""
+    """The rows of a data set, and how many were read and dropped."""
 
     train: list[Example]
     validation: list[Example] = field(default_factory=list)
@@ -67,6 +67,7 @@ class Rows:
 
 
 def _line(kind: object, text: object) -> tuple[str, str]:
+    """A checked (type, text) pair, with line breaks as spaces."""
     if kind not in TYPES:
         raise ValueError(f"line type {kind!r} is not one of {', '.join(TYPES)}")
     if not isinstance(text, str) or not text.strip():
@@ -75,6 +76,7 @@ def _line(kind: object, text: object) -> tuple[str, str]:
 
 
 def _text_lines(text: str) -> list[tuple[str, str]]:
+    """The lines of an expansion given as one text."""
     text = THINK.sub("", text).replace(IM_END, "").strip()
     lines = []
     for raw in filter(None, map(str.strip, text.split("\n"))):
@@ -86,15 +88,15 @@ def _text_lines(text: str) -> list[tuple[str, str]]:
 
 
 def _from_messages(messages: object) -> tuple[str, str]:
-    """The last user turn and the assistant turn after it."""
+    """(message, reply): the last user turn that an assistant turn answers, and that turn."""
     if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
         raise ValueError("messages is not a list of {role, content}")
-    for asked, answer in reversed(list(pairwise(messages))):
-        if (asked.get("role"), answer.get("role")) == ("user", "assistant"):
-            user, assistant = asked.get("content"), answer.get("content")
+    for turn, next_turn in reversed(list(pairwise(messages))):
+        if (turn.get("role"), next_turn.get("role")) == ("user", "assistant"):
+            user, assistant = turn.get("content"), next_turn.get("content")
             if isinstance(user, str) and isinstance(assistant, str):
                 return user, assistant
-    raise ValueError("messages has no user turn with text that an assistant turn answers")
+    raise ValueError("messages has no user turn with text and an assistant turn after it")
 
 
 def _from_rendered(text: str) -> tuple[str, str]:
@@ -105,7 +107,7 @@ def _from_rendered(text: str) -> tuple[str, str]:
 
 
 def _prompt_message(prompt: object) -> str:
-    """The user's turn of a prompt given as messages, as rendered ChatML or as plain text."""
+    """The last user turn of a prompt: a list of messages, rendered ChatML or plain text."""
     if isinstance(prompt, list):
         users = [
             m.get("content") for m in prompt if isinstance(m, dict) and m.get("role") == "user"
@@ -127,6 +129,44 @@ def _completion_text(completion: object) -> str:
     return completion
 
 
+def _conversation(row: dict, text_field: str, prompt_field: str) -> tuple[str, str]:
+    """(message, reply) of a chat or prompt/completion row."""
+    if row.get("messages") is not None:
+        return _from_messages(row["messages"])
+    if row.get(prompt_field) is not None and row.get("completion") is not None:
+        return _prompt_message(row[prompt_field]), _completion_text(row["completion"])
+    if isinstance(row.get(text_field), str):
+        return _from_rendered(row[text_field])
+    known = "query + output, input + output, query + searches, messages, prompt + completion"
+    filled = [name for name, value in row.items() if value is not None]
+    raise ValueError(f"no known format: found {filled}, expected one of {known}")
+
+
+def _own_lines(row: dict) -> list[tuple[str, str]] | None:
+    """The lines of a row that has them in a column of their own; None for a conversation."""
+    if row.get("searches") is not None:
+        searches = row["searches"]
+        if not isinstance(searches, list) or not all(isinstance(s, dict) for s in searches):
+            raise ValueError("searches is not a list of {type, query}")
+        return [_line(s.get("type"), s.get("query")) for s in searches]
+    output = row.get("output")
+    if isinstance(output, list):
+        if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in output):
+            raise ValueError("output is not a list of [type, text] pairs")
+        return [_line(*pair) for pair in output]
+    return _text_lines(output) if isinstance(output, str) else None
+
+
+def _check_text(texts: Iterable[str]) -> None:
+    """Raise ValueError for text that would break the prompt's frame or cannot be encoded."""
+    text = " ".join(texts)
+    if SURROGATE.search(text):
+        raise ValueError("text contains an unpaired surrogate, which is not valid Unicode")
+    markers = [repr(marker) for marker in CHAT_MARKERS if marker in text]
+    if markers or THINK.search(text):
+        raise ValueError(f"text contains {markers[0] if markers else 'a think block'}")
+
+
 def parse_row(
     row: object,
     source: str = "",
@@ -134,62 +174,36 @@ def parse_row(
     prompt_field: str = "prompt",
     in_order: bool = True,
 ) -> Example:
-    """One row of any known format as an `Example`.
+    """Parse a row of any known format.
 
     Args:
-        in_order: false to leave the lines as they stand in the row.
+        source: the row's location, "path:line", kept in the example.
+        text_field: the column of a rendered conversation.
+        prompt_field: the column of the prompt in prompt/completion rows.
+        in_order: sort the lines by type; False keeps the row's order.
 
     Raises:
-        ValueError: says what is wrong with the row, without its place.
+        ValueError: the row is invalid; the message does not contain its location.
     """
     if not isinstance(row, dict):
         raise ValueError(f"a row is an object, found {type(row).__name__}")
     intent, category, language = row.get("intent"), row.get("category"), row.get("language")
     query = row["query"] if row.get("query") is not None else row.get("input")
-
-    if row.get("searches") is not None:
-        searches = row["searches"]
-        if not isinstance(searches, list) or not all(isinstance(s, dict) for s in searches):
-            raise ValueError("searches is not a list of {type, query}")
-        lines = [_line(s.get("type"), s.get("query")) for s in searches]
-    elif isinstance(row.get("output"), list):
-        pairs = row["output"]
-        if not all(isinstance(p, list | tuple) and len(p) == 2 for p in pairs):
-            raise ValueError("output is not a list of [type, text] pairs")
-        lines = [_line(*pair) for pair in pairs]
-    elif isinstance(row.get("output"), str):
-        lines = _text_lines(row["output"])
-    else:
-        if row.get("messages") is not None:
-            query, reply = _from_messages(row["messages"])
-        elif row.get(prompt_field) is not None and row.get("completion") is not None:
-            query, reply = _prompt_message(row[prompt_field]), _completion_text(row["completion"])
-        elif isinstance(row.get(text_field), str):
-            query, reply = _from_rendered(row[text_field])
-        else:
-            known = (
-                "query + output, input + output, query + searches, messages, prompt + completion"
-            )
-            filled = [name for name, value in row.items() if value is not None]
-            raise ValueError(f"no known format: found {filled}, expected one of {known}")
+    lines = _own_lines(row)
+    if lines is None:
+        message, reply = _conversation(row, text_field, prompt_field)
         lines = _text_lines(reply)
-        asked = INTENT.search(query)
-        if asked:
-            query, intent = query[: asked.start()], asked[1].strip()
-        asked_query = query_of(query)
-        query = query if asked_query is None else asked_query
+        if found := INTENT.search(message):
+            message, intent = message[: found.start()], found[1].strip()
+        query = query_of(message)
+        query = message if query is None else query
 
     if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"the query is {query!r}, not a text")
+        raise ValueError(f"the query is {query!r}, expected text")
     if not lines:
         raise ValueError("the expansion has no lines")
     query = " ".join(query.split())
-    everything = " ".join([query, str(intent), *(text for _, text in lines)])
-    if SURROGATE.search(everything):
-        raise ValueError("a text holds half of a surrogate pair, which is not Unicode")
-    markers = [marker for marker in CHAT_MARKERS if marker in everything]
-    if markers or THINK.search(everything):
-        raise ValueError(f"a text holds {repr(markers[0]) if markers else 'a think block'}")
+    _check_text([query, str(intent), *(text for _, text in lines)])
     if in_order:
         lines = sorted(lines, key=lambda line: TYPES.index(line[0]))
     return Example(
@@ -203,69 +217,84 @@ def parse_row(
 
 
 def labels(example: Example) -> dict[str, str]:
-    """What a row says of itself beside its query and lines."""
+    """The labels of a row: category, intent and language, if it has them."""
     named = {name: getattr(example, name) for name in ("category", "intent", "language")}
     return {name: value for name, value in named.items() if value}
 
 
 def canonical_row(example: Example) -> dict:
-    """The row as JSON can hold it; `parse_row` reads back the same example."""
+    """The example as a row in the canonical format, which `parse_row` reads back to an equal one."""
     return {"query": example.query, "output": [list(x) for x in example.lines]} | labels(example)
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, object]]:
-    """(place, row) of each line of a JSON Lines file; a broken line gives its error as the row."""
+    """Read a JSON Lines file.
+
+    Yields:
+        (location, row) of each line; the row of a line that is not valid JSON is its ValueError.
+
+    Raises:
+        DataError: the file cannot be read.
+    """
     try:
         with path.open("rb") as stream:
             for number, raw in enumerate(stream, 1):
                 if not raw.strip():
                     continue
-                place = f"{path}:{number}"
+                location = f"{path}:{number}"
                 try:
-                    yield place, json.loads(raw.decode("utf-8-sig"))
+                    yield location, json.loads(raw.decode("utf-8-sig"))
                 except UnicodeDecodeError as error:
-                    yield place, ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
+                    yield location, ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
                 except json.JSONDecodeError as error:
-                    yield place, ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
-                except (ValueError, RecursionError) as error:  # a number or a nesting too long
-                    yield place, ValueError(f"not valid JSON ({error})")
+                    yield (
+                        location,
+                        ValueError(f"not valid JSON ({error.msg} at column {error.colno})"),
+                    )
+                except (ValueError, RecursionError) as error:  # number or nesting too long
+                    yield location, ValueError(f"not valid JSON ({error})")
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def hub_rows(name: str, split: str, subset: str | None = None) -> Iterator[tuple[str, object]]:
-    """(place, row) of each row of a Hub data set.
+    """Download a data set from the Hub.
+
+    Yields:
+        (location, row) of each row.
 
     Raises:
-        DataError: the Hub did not give it.
+        DataError: the data set could not be downloaded.
     """
+    # Imported here: datasets takes over a second, and local rows do not need it.
     import datasets
     import huggingface_hub
 
     datasets.disable_progress_bars()
-    # It warns of each of its retries; what they came to is said once, below.
+    # The library warns at each retry; the error below reports the result once.
     huggingface_hub.logging.set_verbosity_error()
     try:
         rows = datasets.load_dataset(name, subset, split=split)
     except Exception as error:  # the library raises a dozen unrelated types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise DataError(
-            f"dataset.name {name}: neither a local path nor a data set the Hub gave ({reason}); "
-            "to go on without the Hub, point dataset.name at a file or glob such as 'data/*.jsonl'"
+            f"dataset.name {name}: not a local path, and could not be downloaded from the Hub "
+            f"({reason}); without the Hub, use a file or glob such as 'data/*.jsonl'"
         ) from None
     for number, row in enumerate(rows, 1):
         yield f"{name}[{split}]:{number}", row
 
 
 def _parse_all(rows: Iterable[tuple[str, object]], **fields) -> list[Example]:
+    """Parse (location, row) pairs; DataError for the first broken row, with the count of others."""
     examples, broken = [], []
-    for place, row in rows:
+    for location, row in rows:
         try:
             if isinstance(row, ValueError):
                 raise row
-            examples.append(parse_row(row, place, **fields))
+            examples.append(parse_row(row, location, **fields))
         except ValueError as error:
-            broken.append(f"{place}: {error}")
+            broken.append(f"{location}: {error}")
     if broken:
         more = f" (and {len(broken) - 1} more broken lines)" if len(broken) > 1 else ""
         raise DataError(f"{broken[0]}{more}")
@@ -273,9 +302,12 @@ def _parse_all(rows: Iterable[tuple[str, object]], **fields) -> list[Example]:
 
 
 def local_files(name: str) -> list[Path]:
-    """The training files that a file, a folder or a glob stands for; empty when it is none of them.
+    """The .jsonl files of a path or glob; empty if nothing matches.
 
-    A folder that holds train.jsonl stands for that file, any other for its *.jsonl files.
+    A folder with a train.jsonl gives that file, any other folder its *.jsonl files.
+
+    Raises:
+        DataError: a folder without .jsonl files.
     """
     path = Path(name).expanduser()
     if path.is_file():
@@ -284,16 +316,16 @@ def local_files(name: str) -> list[Path]:
         prepared = path / "train.jsonl"
         files = [prepared] if prepared.is_file() else sorted(path.glob("*.jsonl"))
         if not files:
-            raise DataError(f"{name}: the folder holds no .jsonl file")
+            raise DataError(f"{name}: the folder has no .jsonl file")
         return files
     return sorted(Path(match) for match in glob.glob(str(path)))
 
 
 def find_files(names: Iterable[str]) -> list[Path]:
-    """The files that names (files, folders, globs) stand for, each once.
+    """The .jsonl files of several paths and globs, without duplicates.
 
     Raises:
-        DataError: a name stands for none.
+        DataError: nothing matches one of the names.
     """
     found: dict[Path, None] = {}
     for name in names:
@@ -305,20 +337,20 @@ def find_files(names: Iterable[str]) -> list[Path]:
 
 
 def read_files(names: Iterable[str]) -> list[Example]:
-    """Every row that the named files hold, duplicates included.
+    """Read all rows of local files, folders and globs, duplicates included.
 
     Raises:
-        DataError: as `load_rows`.
+        DataError: see `load_rows`.
     """
     names = list(names)
     examples = _parse_all(row for path in find_files(names) for row in file_rows(path))
     if not examples:
-        raise DataError(f"{', '.join(names)}: there are no rows in it")
+        raise DataError(f"{', '.join(names)}: contains no rows")
     return examples
 
 
 def looks_local(name: str) -> bool:
-    """Whether a name that is no file here was meant as a path and not as a Hub id (owner/name)."""
+    """Whether a name that matches no file is a path rather than a Hub id (owner/name)."""
     return (
         any(char in name for char in "*?[")
         or name.endswith((".jsonl", ".json"))
@@ -329,6 +361,7 @@ def looks_local(name: str) -> bool:
 
 
 def _unique(examples: Iterable[Example], seen: set[str]) -> list[Example]:
+    """The first example of each query that is not in `seen`; adds the queries to `seen`."""
     unique = []
     for example in examples:
         name = normal_query(example.query)
@@ -341,10 +374,10 @@ def _unique(examples: Iterable[Example], seen: set[str]) -> list[Example]:
 def split_examples(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """(train, validation): all /only: variants of one query fall on the same side.
+    """Split rows into (train, validation), with all /only: variants of a query on one side.
 
     Args:
-        share: the part of the rows to hold out, 0 to 1; at least one row when it is above 0.
+        share: share of the rows to hold out; at least one row if above 0.
     """
     groups: dict[str, list[Example]] = {}
     for example in examples:
@@ -356,7 +389,7 @@ def split_examples(
     count = 0
     for name in order:
         if count >= wanted or len(held) == len(groups) - 1:
-            break  # at least one group is left to train on
+            break  # keep at least one group for training
         held.add(name)
         count += len(groups[name])
     train = [e for e in examples if base_query(e.query) not in held]
@@ -366,10 +399,10 @@ def split_examples(
 def named_rows(
     name: str, split: str = "train", subset: str | None = None
 ) -> Iterator[tuple[str, object]]:
-    """(place, row) of the local files that `name` stands for, or else of the Hub's data set.
+    """(location, row) pairs of local files or, if `name` is not a local path, of a Hub data set.
 
     Raises:
-        DataError: nothing there.
+        DataError: a local path that does not exist, or a data set that could not be downloaded.
     """
     files = local_files(name)
     if files:
@@ -389,19 +422,27 @@ def load_rows(
     max_samples: int | None = None,
     seed: int = 42,
 ) -> Rows:
-    """The rows of a file, a folder, a glob or a Hub data set, without duplicates, split.
+    """Load a file, a folder, a glob or a Hub data set, drop duplicate queries, and split.
 
-    Duplicates (by lower-cased query) go before the split, so that no query is on both sides. A
-    folder with train.jsonl and val.jsonl keeps its own split. `max_samples` rows of the training
-    side are taken in the order of `seed`.
+    Duplicates are dropped before the split, so that no query is on both sides. A folder with
+    train.jsonl and val.jsonl keeps its own split.
+
+    Args:
+        name: path, glob or Hub id.
+        split: split of a Hub data set.
+        text_field: the column of a rendered conversation.
+        prompt_field: the column of the prompt in prompt/completion rows.
+        eval_split: share of the rows to hold out.
+        max_samples: maximum number of training rows, sampled with `seed`; None for all.
+        seed: seed for the split and the sample.
 
     Raises:
-        DataError: nothing there, nothing in it, or the first broken row as "path:line: reason".
+        DataError: no data set, no rows, or a broken row as "path:line: reason".
     """
     fields = {"text_field": text_field, "prompt_field": prompt_field}
     read = _parse_all(named_rows(name, split), **fields)
     if not read:
-        raise DataError(f"dataset.name {name}: there are no rows in it")
+        raise DataError(f"dataset.name {name}: contains no rows")
 
     seen: set[str] = set()
     files = local_files(name)

@@ -1,7 +1,7 @@
 """dataset/analyze_data.py: each rule, templates, repetition, languages, and the whole report."""
 
 import pytest
-from test_schema import jsonl
+from test_rows import jsonl
 
 from dataset.analyze_data import (
     RULES,

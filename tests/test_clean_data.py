@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_schema import FORMATS, jsonl
+from test_rows import FORMATS, jsonl
 
 from dataset.clean_data import cut_at_sentence, mend, remaining
 from expander.rows import Example, parse_row

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_schema import FORMATS, jsonl, row
+from test_rows import FORMATS, jsonl, row
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted(

@@ -327,8 +327,8 @@ def test_a_results_file_that_cannot_be_written_is_told_before_the_work(trained, 
     ("content", "message"),
     [
         (None, "cannot be read: No such file"),
-        (b"", "there is no query in it"),
-        (b"# category\n\n## comment\n", "there is no query in it"),
+        (b"", "contains no queries"),
+        (b"# category\n\n## comment\n", "contains no queries"),
         (b"nginx\ncaf\xe9\n", "queries.txt:2: not UTF-8"),
     ],
 )
@@ -363,7 +363,7 @@ def test_score_only(evaluate):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "there are no rows in it"),
+        ("", "contains no rows"),
         ('{"query": "a", "expansion": "lex: b"}\n{"query": "a"', "outputs.jsonl:2: not valid JSON"),
         ('{"query": "a"}\n', 'outputs.jsonl:1: expected {"query": text, "expansion": text}'),
         ("[]\n", "outputs.jsonl:1: expected"),

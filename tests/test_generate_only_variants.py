@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_schema import jsonl
+from test_rows import jsonl
 
 from dataset.generate_only_variants import make_variants
 from expander.rows import parse_row

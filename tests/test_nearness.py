@@ -1,4 +1,4 @@
-"""dataset/nearness.py: the coefficient by hand, and MinHash against every pair."""
+"""expander/nearness.py: the coefficient worked by hand, and MinHash against every pair."""
 
 import json
 import random
@@ -10,7 +10,7 @@ from expander.nearness import NEAR, near_copies, near_duplicates, nearness, piec
 ROOT = Path(__file__).parents[1]
 
 
-def test_nearness_by_hand():
+def test_nearness_worked_by_hand():
     assert plain("Zürich: TRAM, früh? /only:lex") == "fruh tram zurich"
     a, b = pieces("caches"), pieces("cache")
     assert sorted(a) == ["ac", "ca", "ch", "es", "he"]
@@ -18,7 +18,7 @@ def test_nearness_by_hand():
     assert nearness(pieces("x"), pieces("X!")) == 1
 
 
-def test_near_copies_are_the_pairs_over_the_threshold():
+def test_near_copies_are_the_pairs_above_the_threshold():
     queries = ["auth config", "docker volume permissions"]
     rows = ["Config AUTH /only:vec", "docker volumes permission", "podman networks", "auth"]
     expected = [
@@ -30,12 +30,12 @@ def test_near_copies_are_the_pairs_over_the_threshold():
     assert near_copies(queries, rows) == expected and len(expected) == 2
 
 
-def test_near_duplicates_are_nearly_all_found():
+def test_at_least_95_percent_of_near_duplicates_are_found():
     rng, queries = random.Random(0), []
     for path in sorted((ROOT / "data").glob("*.jsonl")):
         queries += [json.loads(line)["query"] for line in path.open(encoding="utf-8")]
     queries = [q for q in rng.sample(queries, 150) if len(q) > 12]
-    # One letter gone from the middle of each: close, and none like another.
+    # Each without its middle letter: close to its original, and to no other.
     copies = [q[: len(q) // 2] + q[len(q) // 2 + 1 :] for q in queries]
     found = list(near_duplicates([*queries, *copies]))
     bags = [pieces(q) for q in [*queries, *copies]]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_schema import FORMATS, jsonl, row
+from test_rows import FORMATS, jsonl, row
 
 from expander.config import load_config
 from expander.prompt import render_prompt, render_target

@@ -1,4 +1,4 @@
-"""evals/queries.txt: its shape, and that no training row holds one of its queries or a near copy."""
+"""evals/queries.txt: its categories, and that no training row contains one of its queries."""
 
 import json
 from collections import Counter
@@ -29,7 +29,7 @@ CATEGORIES = [
 
 
 def read(path: Path) -> dict[str, list[str]]:
-    """The queries by category, read without eval.py."""
+    """The queries by category, read without the project's code."""
     found: dict[str, list[str]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line.startswith("# "):
@@ -53,7 +53,7 @@ def trained() -> list[str]:
     return [row["query"] for row in rows]
 
 
-def test_the_categories_are_all_there(categories):
+def test_every_category_is_there_and_no_query_twice(categories):
     assert list(categories) == CATEGORIES
     assert all(len(queries) >= 5 for queries in categories.values())
     everything = [query for queries in categories.values() for query in queries]
@@ -61,7 +61,7 @@ def test_the_categories_are_all_there(categories):
     assert len(set(map(plain, everything))) == len(everything)
 
 
-def test_each_category_is_what_it_says(categories):
+def test_queries_fit_their_category(categories):
     assert all(len(query.split()) <= 2 for query in categories["short and ambiguous"])
     assert all('"' in query for query in categories["quoted phrases"])
     assert all(len(query) > 150 for query in categories["very long"])
@@ -69,7 +69,7 @@ def test_each_category_is_what_it_says(categories):
     assert suffixes.keys() == {"/only:lex", "/only:vec", "/only:hyde"}
 
 
-def test_ten_languages_of_which_some_are_not_written_in_latin(categories):
+def test_languages_are_in_seven_scripts(categories):
     scripts = Counter(
         next((name for name in script_counts(query) if name != "LATIN"), "LATIN")
         for query in categories["languages"]
@@ -79,7 +79,7 @@ def test_ten_languages_of_which_some_are_not_written_in_latin(categories):
     assert len(categories["languages"]) >= 20
 
 
-def test_no_row_holds_an_evaluation_query(categories, trained):
+def test_no_training_row_contains_an_evaluation_query(categories, trained):
     everything = [query for queries in categories.values() for query in queries]
     assert near_copies(everything, trained) == []
 
@@ -97,7 +97,7 @@ def test_no_row_holds_an_evaluation_query(categories, trained):
         "nginx upstrem keepalive conections",
     ],
 )
-def test_a_planted_copy_is_found(copy, categories, trained):
+def test_a_near_copy_is_found(copy, categories, trained):
     query = "nginx upstream keepalive connections"
     assert query in categories["technical docs"]
     assert near_copies([query], [*trained, copy]) == [(query, copy)]

@@ -1,6 +1,6 @@
 """dataset/score_data.py: hand-worked figures of two files, the histogram, the worst row."""
 
-from test_schema import jsonl
+from test_rows import jsonl
 
 from dataset.score_data import histogram
 

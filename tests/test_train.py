@@ -469,7 +469,7 @@ def test_mistakes_in_the_data(mistake, base, tmp_path):
     model = f"model.base={base}"
     (tmp_path / "empty.jsonl").write_text("")
     said = mistake("sft", *sets([model, "dataset.name=empty.jsonl"]))
-    assert "empty.jsonl: there are no rows" in said
+    assert "empty.jsonl: contains no rows" in said
     (tmp_path / "broken.jsonl").write_text('{"query": "a", "output": [["lex", "b"]]}\n{"query": \n')
     said = mistake("sft", *sets([model, "dataset.name=broken.jsonl"]))
     assert "broken.jsonl:2: not valid JSON" in said
@@ -554,7 +554,7 @@ def test_a_model_that_the_hub_does_not_have(hub, run, rows, tmp_path):
 
 def test_a_data_set_that_the_hub_does_not_have(hub, run, tmp_path):
     done = run(["train.py", "sft", *sets(["dataset.name=nobody/rows"])], cwd=tmp_path, env=hub)
-    assert "dataset.name nobody/rows: neither a local path nor a data set" in one_line(done)
+    assert "dataset.name nobody/rows: not a local path, and could not be downloaded" in one_line(done)
 
 
 def test_a_hub_that_cannot_be_reached(unreachable, run, rows):

@@ -1,6 +1,6 @@
 """dataset/validate_schema.py: every bad row by its place, counts, the exit code."""
 
-from test_schema import jsonl
+from test_rows import jsonl
 
 GOOD = {"query": "auth config", "output": [["lex", "auth settings"], ["vec", "how to sign in"]]}
 

@@ -1,8 +1,10 @@
-"""dataset/schema.py: every format, what is broken, duplicates, the split, places to load from."""
+"""expander/rows.py: every format, broken rows, duplicates, the split, and where rows come from."""
 
 import json
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,7 +88,7 @@ def test_every_format_gives_the_same_example(name):
     assert (example.category, example.intent, example.source) == (None, None, "here:1")
 
 
-def test_category_and_intent_are_kept_beside_the_query():
+def test_category_and_intent_are_kept():
     example = parse_row({**FORMATS["canonical"], "category": "technical", "intent": "security"})
     assert (example.query, example.category, example.intent) == (QUERY, "technical", "security")
 
@@ -102,30 +104,30 @@ def test_a_canonical_row_reads_back_as_the_same_example():
     }
 
 
-def test_lines_can_be_left_as_they_stand():
+def test_lines_can_keep_the_order_of_the_row():
     assert [list(x) for x in parse_row(FORMATS["searches"], in_order=False).lines] == LINES
 
 
 @pytest.mark.parametrize("text", ["a <|im_end|> b", "<|im_start|>user", "<think> b </think>"])
-def test_a_text_that_would_break_the_frame_is_refused(text):
-    with pytest.raises(ValueError, match="a text holds"):
+def test_text_that_would_break_the_prompt_is_an_error(text):
+    with pytest.raises(ValueError, match="text contains"):
         parse_row({"query": QUERY, "output": [["lex", text]]})
-    with pytest.raises(ValueError, match="a text holds"):
+    with pytest.raises(ValueError, match="text contains"):
         parse_row({"query": text, "output": [["lex", "a"]]})
 
 
 @pytest.mark.parametrize("name", ["chat", "rendered only", "prompt/completion"])
 def test_an_intent_line_never_reaches_the_query(name):
     plain = json.dumps(FORMATS[name])
-    told = json.loads(plain.replace(QUERY, f"{QUERY}\\nQuery intent: security"))
-    example = parse_row(told)
+    row = json.loads(plain.replace(QUERY, f"{QUERY}\\nQuery intent: security"))
+    example = parse_row(row)
     assert (example.query, example.intent, example.lines) == (QUERY, "security", ORDERED)
 
 
 @pytest.mark.parametrize(
     "think", ["<think>\n\n</think>\n\n", "<think>first lex: a\nthen vec: b</think>\n"]
 )
-def test_think_blocks_are_taken_out(think):
+def test_think_blocks_are_removed(think):
     for example in (
         parse_row({"messages": [USER, {"role": "assistant", "content": think + TEXT}]}),
         parse_row({"text": RENDERED.replace("assistant\n", f"assistant\n{think}")}),
@@ -134,13 +136,13 @@ def test_think_blocks_are_taken_out(think):
         assert example.lines == ORDERED
 
 
-def test_lines_come_out_hyde_first_and_otherwise_in_their_order():
+def test_lines_are_sorted_by_type_and_otherwise_keep_their_order():
     output = [["vec", "v1"], ["lex", "l2"], ["hyde", "h"], ["vec", "v0"], ["lex", "l1"]]
     lines = parse_row({"query": "q", "output": output}).lines
     assert [text for _, text in lines] == ["h", "l2", "l1", "v1", "v0"]
 
 
-def test_a_line_stays_one_line_and_white_space_goes():
+def test_line_breaks_and_outer_white_space_are_removed():
     example = parse_row(
         {"query": "  auth \n config ", "output": [["hyde", " One.\n\nTwo. "], ["lex", " a  b "]]}
     )
@@ -150,7 +152,7 @@ def test_a_line_stays_one_line_and_white_space_goes():
     assert crlf.lines == ORDERED
 
 
-def test_named_columns():
+def test_columns_can_be_named():
     example = parse_row({"conversation": RENDERED}, text_field="conversation")
     assert example.lines == ORDERED
     example = parse_row({"question": QUERY, "completion": TEXT}, prompt_field="question")
@@ -159,7 +161,7 @@ def test_named_columns():
     assert parse_row(FORMATS["chat"], prompt_field="messages").query == QUERY
 
 
-def test_the_last_answered_turn_of_a_longer_chat():
+def test_a_longer_chat_gives_its_last_answered_turn():
     turns = [
         {"role": "user", "content": user_message("first")},
         {"role": "assistant", "content": "lex: one"},
@@ -195,7 +197,7 @@ def test_the_last_answered_turn_of_a_longer_chat():
         ({"query": QUERY, "searches": "lex"}, "not a list of {type, query}"),
         ({"query": QUERY, "searches": [{"type": "lex"}]}, "a lex line has no text"),
         ({"messages": "hello"}, "not a list of {role, content}"),
-        ({"messages": [USER]}, "no user turn with text that an assistant turn answers"),
+        ({"messages": [USER]}, "no user turn with text and an assistant turn after it"),
         ({"messages": [USER, {"role": "assistant", "content": None}]}, "no user turn with text"),
         ({"text": "no turns at all"}, "no ChatML turns"),
         ({"prompt": [ANSWER], "completion": TEXT}, "no user turn with text"),
@@ -206,7 +208,7 @@ def test_the_last_answered_turn_of_a_longer_chat():
         ({"query": QUERY, "output": [["lex", "\udc00"]]}, "surrogate"),
     ],
 )
-def test_a_broken_row_says_what_is_wrong(bad, reason):
+def test_a_broken_row_is_reported_with_the_reason(bad, reason):
     with pytest.raises(ValueError) as caught:
         parse_row(bad)
     assert reason in str(caught.value) and "\n" not in str(caught.value)
@@ -224,7 +226,7 @@ def test_a_broken_row_says_what_is_wrong(bad, reason):
         (b'{"query": "x", "output": [["lex", ""]]}', "a lex line has no text"),
     ],
 )
-def test_a_broken_line_is_told_with_its_place(line, reason, tmp_path):
+def test_a_broken_line_is_reported_with_its_location(line, reason, tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", row("one"), b"", line, row("two"))
     with pytest.raises(DataError) as caught:
         load_rows(str(path))
@@ -238,7 +240,7 @@ def test_further_broken_lines_are_counted(tmp_path):
         load_rows(str(path))
 
 
-def test_byte_order_mark_carriage_returns_and_blank_lines(tmp_path):
+def test_byte_order_mark_carriage_returns_and_blank_lines_are_ignored(tmp_path):
     path = tmp_path / "rows.jsonl"
     text = "".join(f"{json.dumps(row(q), ensure_ascii=False)}\r\n\r\n" for q in ("one", "zwö"))
     path.write_bytes(b"\xef\xbb\xbf" + text.encode() + json.dumps(row("three")).encode())
@@ -247,21 +249,21 @@ def test_byte_order_mark_carriage_returns_and_blank_lines(tmp_path):
     assert [e.source for e in rows.train] == [f"{path}:{n}" for n in (1, 3, 5)]
 
 
-def test_a_line_of_a_megabyte(tmp_path):
+def test_a_line_of_a_megabyte_is_read(tmp_path):
     text = "word " * 200_000
     path = jsonl(tmp_path / "rows.jsonl", {"query": "q", "output": [["hyde", text]]}, row("two"))
     [first, _] = load_rows(str(path)).train
     assert first.lines == (("hyde", text.strip()),)
 
 
-def test_nothing_there_and_nothing_in_it(tmp_path):
+def test_missing_and_empty_data_sets_are_errors(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "blank.jsonl").write_text("\n \n")
     (tmp_path / "folder").mkdir()
     for name, reason in (
         ("empty.jsonl", "no rows"),
         ("blank.jsonl", "no rows"),
-        ("folder", "no .jsonl file"),
+        ("folder", ".jsonl file"),
         ("none.jsonl", "no such file"),
         ("none", "no such file"),
         ("*.json", "no file matches"),
@@ -271,7 +273,7 @@ def test_nothing_there_and_nothing_in_it(tmp_path):
         assert str(tmp_path / name) in str(caught.value) and reason in str(caught.value)
 
 
-def test_a_relative_name_under_data_is_never_asked_of_the_hub(tmp_path, monkeypatch):
+def test_a_name_that_looks_like_a_path_is_never_sent_to_the_hub(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("data/nothing", "outputs/rows", "./rows", "rows.jsonl", "a/b/c", "rows"):
         with pytest.raises(DataError, match="no such file or folder"):
@@ -280,10 +282,12 @@ def test_a_relative_name_under_data_is_never_asked_of_the_hub(tmp_path, monkeypa
 
 def test_a_folder_named_like_the_owner_does_not_hide_a_hub_data_set(tmp_path, monkeypatch):
     """`model.output: owner/name` in a file of the original makes such a folder."""
-    import datasets
-
     asked = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **_: asked.append(a[0]) or [])
+    library = SimpleNamespace(
+        disable_progress_bars=lambda: None,
+        load_dataset=lambda name, subset, split: asked.append(name) or [],
+    )
+    monkeypatch.setitem(sys.modules, "datasets", library)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner").mkdir()
     with pytest.raises(DataError, match="no rows"):
@@ -307,7 +311,7 @@ def test_file_folder_and_glob_give_the_same_rows(tmp_path, rows):
     assert loaded[-1].train[-1].source.startswith(str(tmp_path / "two" / "b.jsonl"))
 
 
-def test_several_names_are_read_once_each_and_with_duplicates(tmp_path):
+def test_several_names_give_each_file_once_and_duplicate_rows(tmp_path):
     one = jsonl(tmp_path / "one.jsonl", row("a"), row("A"))
     two = jsonl(tmp_path / "two.jsonl", row("b"))
     names = [str(one), str(tmp_path / "*.jsonl")]
@@ -317,7 +321,7 @@ def test_several_names_are_read_once_each_and_with_duplicates(tmp_path):
         read_files([str(one), "none"])
 
 
-def test_duplicates_go_by_case_and_space_before_the_split(tmp_path):
+def test_duplicates_by_case_and_space_are_dropped_before_the_split(tmp_path):
     rows = [row(f"query {i}") for i in range(20)]
     doubled = rows + [row(r["query"].upper()) for r in rows] + [row(" Query  3 ")]
     path = jsonl(tmp_path / "rows.jsonl", *doubled)
@@ -348,7 +352,7 @@ def test_variants_of_a_query_stay_on_one_side():
         assert [e for e in shuffled if e in train] == train  # the order stays
 
 
-def test_the_split_depends_on_the_seed_alone():
+def test_the_split_depends_on_the_seed():
     rows = [parse_row(row(f"query {i}")) for i in range(50)]
     one, again, other = (queries(split_examples(rows, 0.2, seed)[1]) for seed in (1, 1, 2))
     assert one == again and one != other and len(one) == 10
@@ -363,7 +367,7 @@ def test_how_many_are_held_out(count, share, held):
     assert (len(train), len(validation)) == (count - held, held)
 
 
-def test_something_is_always_left_to_train_on():
+def test_at_least_one_query_is_left_to_train_on():
     rows = [parse_row(row(f"q{suffix}")) for suffix in ("", " /only:lex", " /only:vec")]
     assert split_examples(rows, 0.5, 0) == (rows, [])
 
@@ -379,7 +383,7 @@ def test_a_prepared_folder_keeps_its_own_split(tmp_path):
     assert (loaded.read, loaded.duplicates) == (7, 3)
 
 
-def test_max_samples_takes_the_same_training_rows_every_time(rows):
+def test_max_samples_is_deterministic_and_keeps_the_validation_rows(rows):
     every = load_rows(str(rows), eval_split=0.2)
     some, again, other = (
         load_rows(str(rows), eval_split=0.2, max_samples=5, seed=seed) for seed in (42, 42, 7)
@@ -398,8 +402,7 @@ def test_the_summary_counts(tmp_path):
     )
 
 
-def test_shared_example_lines_render_back(rows):
-    """What is loaded from a rendered row is what was rendered."""
+def test_rendered_rows_are_read_back_to_the_same_lines(rows):
     for line in rows.read_text(encoding="utf-8").splitlines():
         original = parse_row(json.loads(line))
         text = render_prompt(original.query) + render_target(original.lines)
