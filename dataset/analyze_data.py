@@ -8,15 +8,14 @@ rules overlap, and those on wording know English only. A language is the row's l
 script. What a row is worth by the rubric, score_data.py says.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.nearness import SLOT, WORD, near_duplicates, template_of

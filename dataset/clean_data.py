@@ -11,17 +11,15 @@ A row that no rule can mend, such as one whose only lex line is the query, stays
 named. A changed row is written in the canonical format, any other as it was.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.files import write_rows

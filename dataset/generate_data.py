@@ -13,11 +13,6 @@ answer and the reason, and OUTPUT.topics the queries that topics gave. Rejected 
 again: delete OUTPUT.rejects for that.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import asyncio
 import fcntl
@@ -30,6 +25,8 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from dataset.endpoint import (
     Endpoint,

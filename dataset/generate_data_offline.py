@@ -12,15 +12,14 @@ out every time. Left out: any understanding of the passage; read what you train 
 A column inside another is named with a dot (answers.text). The licence of a data set is yours to check.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from dataset.gate import LEAST, Verdict, evaluation_copies
 from dataset.rules import make_row
@@ -92,7 +91,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--question", metavar="COLUMN", help=f"default: the first of {', '.join(QUESTION)}")
     add("--passage", metavar="COLUMN", help=f"default: the first of {', '.join(PASSAGE)}")
     add("--answer", metavar="COLUMN", help=f"default: the first of {', '.join(ANSWER)}, if any")
-    add("--max-rows", type=cli.integer_from(1), metavar="N", help="stop at N rows, from all over the set")
+    add(
+        "--max-rows",
+        type=cli.integer_from(1),
+        metavar="N",
+        help="stop at N rows, from all over the set",
+    )
     add(
         "--min-score", type=float, metavar="S", default=LEAST, help="percent (default: %(default)s)"
     )

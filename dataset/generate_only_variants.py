@@ -8,15 +8,14 @@ new ones, is not made again, and none is made that scores under 80: so a hyde ro
 that names something.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import random
+import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from dataset.gate import LEAST
 from expander import cli

@@ -9,15 +9,13 @@ made from is the same. Each row has `messages`, and `text`: the conversation as 
 Left out and named in card.json: rows whose query is in evals/queries.txt, or nearly.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.files import digest, write_json, write_rows

@@ -7,15 +7,14 @@ A file's mean and least percentage, its rows under 80, the lines that QMD would 
 of all rows, and the worst rows with what each lost points for.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
+import sys
 from collections import Counter
 from collections.abc import Iterable
 from heapq import nsmallest
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from dataset.gate import LEAST
 from expander import cli

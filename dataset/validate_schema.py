@@ -7,12 +7,11 @@ Every format that train.py reads is valid. A row is bad when it cannot be read, 
 fails the format that its query asks for. How good a valid row is, score_data.py says.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
-import argparse
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.prompt import render_lines

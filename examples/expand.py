@@ -6,12 +6,11 @@ Prints the lines that QMD would search with. Decoding is greedy; eval.py's --dec
 QMD's sampling and grammar are had.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
-import argparse
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 

@@ -10,16 +10,14 @@ for `eval.py --golden`: it holds no lex and no vec line, so do not train SFT on 
 leaves this machine, but queries and passages stand in the file: treat it as you treat your notes.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import re
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.files import write_rows

@@ -6,20 +6,18 @@
 Only the text of models.generate is changed: comments and the rest of the file stay as they are.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import difflib
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.files import write_text

@@ -7,15 +7,11 @@ Writes report.html, which needs no other file and no network, and its plots as P
 results are those of eval.py -o. Left out: the curves of several runs in one plot.
 """
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the modules of the project
-
 import argparse
 import base64
 import json
 import string
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -24,6 +20,8 @@ from pathlib import Path
 from textwrap import dedent
 
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.eval.comparison import compare, format_difference, read_results, side_by_side
