@@ -33,6 +33,9 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="show the configuration and the memory needed, then stop",
     )
+    parser.add_argument(
+        "--no-caffeinate", action="store_true", help="let an idle Mac go to sleep during the run"
+    )
     unfinished = parser.add_mutually_exclusive_group()
     unfinished.add_argument("--resume", action="store_true", help="continue an unfinished run")
     unfinished.add_argument(
@@ -64,6 +67,8 @@ def main() -> None:
     if arguments.dry_run:
         inputs.dry_run(arguments.stage, config)
         return
+    if not arguments.no_caffeinate:
+        cli.keep_awake()
     with distributed.joined():
         train = stage_function(arguments.stage)
         train(config, arguments.resume, arguments.overwrite)

@@ -8,6 +8,8 @@ if sys.version_info < (3, 11):
 
 import argparse
 import os
+import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -61,6 +63,18 @@ def new_file(text: str) -> Path:
     if Path(text).exists():
         raise argparse.ArgumentTypeError(f"{text} already exists; choose another name or delete it")
     return Path(text)
+
+
+def keep_awake() -> None:
+    """On a Mac, prevent idle sleep until this process ends."""
+    if command := shutil.which("caffeinate"):
+        subprocess.Popen(
+            [command, "-i", "-w", str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,  # Ctrl-C is for the run, which may save before it ends
+        )
 
 
 def duration(seconds: float) -> str:

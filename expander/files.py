@@ -4,20 +4,33 @@ A file is written under a temporary name, flushed to disk and renamed: at any mo
 old content or all of its new content.
 """
 
+import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 
 def fsync(path: Path) -> None:
-    """Flush a file, or the names in a folder, to disk."""
+    """Flush a file to the drive."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
+        # On macOS fsync leaves the data in the drive's cache, which a power cut empties.
+        if full := getattr(fcntl, "F_FULLFSYNC", None):
+            with suppress(OSError):  # file systems such as SMB do not have it
+                fcntl.fcntl(descriptor, full)
+                return
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_folder(path: Path) -> None:
+    """Flush the names in a folder to the drive, where the file system can; SMB and exFAT may not."""
+    with suppress(OSError):
+        fsync(path)
 
 
 def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
@@ -35,7 +48,7 @@ def atomic_write(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         fsync(temporary)
         temporary.replace(path)
-        fsync(path.parent)
+        fsync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

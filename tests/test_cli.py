@@ -1,8 +1,10 @@
 """expander/cli.py: exit codes, one-line errors, argument types, progress."""
 
 import argparse
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -109,3 +111,19 @@ def test_argument_types(tmp_path):
     assert cli.new_file(str(tmp_path / "new")) == tmp_path / "new"
     with pytest.raises(argparse.ArgumentTypeError, match=f"{tmp_path} already exists"):
         cli.new_file(str(tmp_path))
+
+
+def test_a_mac_is_kept_awake_until_the_process_ends(tmp_path, monkeypatch):
+    """caffeinate is told the process to wait for; where there is no such command, nothing happens."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    cli.keep_awake()
+    command = tmp_path / "caffeinate"
+    command.write_text(
+        f'#!/bin/sh\necho "$@" > {tmp_path / "called.part"}\n/bin/mv {tmp_path}/called.part {tmp_path}/called\n'
+    )
+    command.chmod(0o755)
+    cli.keep_awake()
+    deadline = time.monotonic() + 10
+    while not (tmp_path / "called").is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert (tmp_path / "called").read_text().split() == ["-i", "-w", str(os.getpid())]

@@ -1,8 +1,10 @@
 """expander/files.py: a file is replaced as a whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import os
+import stat
 from pathlib import Path
 
 import mlx.core as mx
@@ -72,3 +74,40 @@ def test_rows_are_one_object_per_line(tmp_path):
     write_rows(tmp_path / "a.jsonl", iter([{"é": 1}, {"b": "c\nd"}]))
     text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
     assert text == '{"é": 1}\n{"b": "c\\nd"}\n'
+
+
+# macOS and network drives
+
+
+def test_a_mac_flushes_the_drives_cache(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", lambda descriptor, command: flushed.append(command))
+    monkeypatch.setattr(os, "fsync", lambda descriptor: flushed.append("fsync"))
+    write_text(tmp_path / "a", "text")
+    assert flushed == [51, 51]  # the file and its folder
+
+
+def test_a_drive_that_cannot_flush_its_cache_is_synced(tmp_path, monkeypatch):
+    def unsupported(descriptor, command):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    synced = []
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", unsupported)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    write_text(tmp_path / "a", "text")
+    assert len(synced) == 2
+
+
+def test_a_drive_that_cannot_sync_folders_takes_files(tmp_path, monkeypatch):
+    fsync = os.fsync
+
+    def files_only(descriptor):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    write_text(tmp_path / "a", "text")
+    assert (tmp_path / "a").read_text() == "text"

@@ -554,7 +554,9 @@ def test_a_model_that_the_hub_does_not_have(hub, run, rows, tmp_path):
 
 def test_a_data_set_that_the_hub_does_not_have(hub, run, tmp_path):
     done = run(["train.py", "sft", *sets(["dataset.name=nobody/rows"])], cwd=tmp_path, env=hub)
-    assert "dataset.name nobody/rows: not a local path, and could not be downloaded" in one_line(done)
+    assert "dataset.name nobody/rows: not a local path, and could not be downloaded" in one_line(
+        done
+    )
 
 
 def test_a_hub_that_cannot_be_reached(unreachable, run, rows):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from expander.files import digest, fsync, save_arrays, write_json
+from expander.files import digest, fsync_folder, save_arrays, write_json
 
 STATE = "state.json"
 
@@ -63,7 +63,7 @@ class Checkpoints:
             if target.exists():
                 shutil.rmtree(target)
             temporary.rename(target)
-            fsync(self.folder)
+            fsync_folder(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = [at for at in self.steps() if at <= step][: self.keep]

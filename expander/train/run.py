@@ -192,8 +192,6 @@ class Run:
             self.tracker.start()
         self.watchdog = distributed.watch(self._save_and_explain)
         self.stop.__enter__()
-        if shutil.which("caffeinate"):
-            print("keep the Mac awake meanwhile, in another terminal: caffeinate -is")
         return self
 
     def __exit__(self, kind, error, trace) -> None:
