@@ -1,13 +1,12 @@
-"""The rubric that scores a query expansion by rules alone: no model, no network, no dependency.
+"""Rule-based scoring of query expansions: no model, no network, only the standard library.
 
-    python reward.py                                      self-test; exits 1 and names what differs
-    python reward.py --query "auth config" expansion.txt  score one text (`-` reads stdin)
+    python reward.py --query "auth config" expansion.txt  score one expansion (`-` reads stdin)
+    python reward.py                                      self-test; exits with 1 if a score is off
 
-GRPO trains on this score and `eval.py` reports it; SCORING.md explains every part with worked
-examples. It judges form and word overlap only: nothing here knows whether an expansion finds the
-right documents.
+GRPO trains on this score and `eval.py` reports it; SCORING.md explains it with worked examples. It
+measures form and word overlap, not whether an expansion finds the right documents.
 
-Every check returns its deductions, one for each fault, and the points follow from their number.
+Each check returns a list of deductions, one per fault; the points depend on how many there are.
 """
 
 import argparse
@@ -18,8 +17,9 @@ from collections.abc import Sequence
 from itertools import combinations, islice
 from pathlib import Path
 
+LINE_TYPES = ("lex", "vec", "hyde")
 STOP_WORDS = frozenset("the a an is are to for of in and or it this that be with as on by".split())
-# Words of a query that carry no topic: neither key terms nor entities.
+# Query words without a topic: neither key terms nor entities.
 KEY_STOP_WORDS = frozenset(
     """
     what is how to the a an in on for of and or with my your do does can i me we who where when
@@ -29,7 +29,7 @@ KEY_STOP_WORDS = frozenset(
     said notes meeting email discussion conversation call
     """.split()
 )
-# Words that open a query with a capital letter without being a name.
+# Words that are capitalised at the start of a query but are not names.
 OPENING_WORDS = frozenset(
     """
     configure setup install build create make run start stop check test debug fix update change
@@ -53,27 +53,28 @@ CHAT_MARKERS = ("<|im_start|>", END_MARKER, "<|endoftext|>", "\nassistant\n", "\
 PARTS = ("format", "diversity", "hyde", "quality", "entity", "think_bonus")
 RATINGS = ((80, "Excellent"), (60, "Good"), (40, "Acceptable"), (20, "Poor"))
 
-ONLY_SUFFIX = re.compile(r"\s+/only:(lex|vec|hyde)\s*$", re.IGNORECASE)
+ONLY_SUFFIX = re.compile(rf"\s+/only:({'|'.join(LINE_TYPES)})\s*$", re.IGNORECASE)
 THINK_BLOCK = re.compile(r"<think>.*?</think>", re.DOTALL)
 LONG_WORD = re.compile(r"\w{3,}")
+# A user turn as expander/prompt.py writes it: "/no_think", an instruction, a colon, the query.
+INSTRUCTED = re.compile(r"/no_think [^:\n]*:(.*?)(?:\nQuery intent:.*)?", re.DOTALL)
 
 Part = tuple[int, list[str]]  # points, deductions
 
 
 def only_mode(query: str) -> tuple[str, str | None]:
-    """Split a query into its base and the one type it asks for.
+    """Split a query into its base and the type that an /only: suffix asks for.
 
     >>> only_mode("auth config /only:lex"), only_mode("auth config")
     (('auth config', 'lex'), ('auth config', None))
     """
-    match = ONLY_SUFFIX.search(query)
-    if match is None:
-        return query, None
-    return query[: match.start()].strip(), match.group(1).lower()
+    if match := ONLY_SUFFIX.search(query):
+        return query[: match.start()].strip(), match.group(1).lower()
+    return query, None
 
 
 def clean_expansion(text: str) -> tuple[str, bool]:
-    """The text without end markers and think blocks, and whether the model was thinking."""
+    """Remove end markers and think blocks; also return whether there was a think block."""
     text = text.strip().replace(END_MARKER, "").strip()
     if "<think>" in text and "</think>" in text:
         return THINK_BLOCK.sub("", text).strip(), True
@@ -81,15 +82,15 @@ def clean_expansion(text: str) -> tuple[str, bool]:
 
 
 def parse_expansion(text: str) -> dict[str, list[str]]:
-    r"""Sort the lines of an expansion by prefix. A line ends at "\n" and nowhere else.
+    r"""Group the lines of an expansion by prefix. Only "\n" ends a line.
 
     >>> parse_expansion("lex: auth settings\nSure!")
     {'lex': ['auth settings'], 'vec': [], 'hyde': [], 'invalid': ['Sure!']}
     """
-    parsed: dict[str, list[str]] = {"lex": [], "vec": [], "hyde": [], "invalid": []}
+    parsed: dict[str, list[str]] = {kind: [] for kind in (*LINE_TYPES, "invalid")}
     for line in map(str.strip, text.split("\n")):
         kind, colon, content = line.partition(":")
-        if colon and kind in ("lex", "vec", "hyde"):
+        if colon and kind in LINE_TYPES:
             parsed[kind].append(content.strip())
         elif line:
             parsed["invalid"].append(line)
@@ -97,7 +98,7 @@ def parse_expansion(text: str) -> dict[str, list[str]]:
 
 
 def extract_named_entities(query: str) -> set[str]:
-    """Names, acronyms and technical terms of a query, in lower case. The first rule to apply wins.
+    """Find the names, acronyms and technical terms of a query, in lower case.
 
     >>> sorted(extract_named_entities("configure AWS Lambda with node.js"))
     ['aws', 'lambda', 'node.js']
@@ -116,7 +117,7 @@ def extract_named_entities(query: str) -> set[str]:
             is_entity = True
         else:
             is_entity = capital and any(map(str.isupper, word[1:]))
-        # The word after a name is its second half; a third word does not follow from that.
+        # The word after a name belongs to it ("Lambda timeout"); the one after that does not.
         if is_entity or (word and follows_entity and topical):
             entities.add(lower)
         follows_entity = is_entity
@@ -128,13 +129,13 @@ def words(text: str) -> set[str]:
 
 
 def echoes(line: str, query: str) -> bool:
-    """Whether the line is the query again, with fewer than ten characters added."""
+    """Whether the line contains the query and adds fewer than ten characters."""
     line, query = line.lower(), query.lower().strip()
     return query in line and len(line) < len(query) + 10
 
 
 def is_generic(line: str) -> bool:
-    """Whether a stock phrase is all there is: fewer than three characters left without its words."""
+    """Whether fewer than three characters are left once a stock phrase's words are removed."""
     line = line.lower()
     for phrase in GENERIC_PHRASES:
         phrase_words = phrase.split()
@@ -153,7 +154,7 @@ def keeps_entity(line: str, entities: set[str]) -> bool:
 
 
 def find_similar(kind: str, lines: Sequence[str], query: str) -> list[str]:
-    """Pairs of lines that say the same. At most three: the third has lost every point there is."""
+    """Find pairs of near-identical lines, at most three: a third pair already costs all points."""
     distance = 3 if len(query.split()) >= 5 else 2
     lowered = [(line, line.lower(), words(line)) for line in lines]
     pairs = (
@@ -174,18 +175,18 @@ def find_echoes(kind: str, lines: Sequence[str], query: str) -> list[str]:
 
 def find_without_key_term(lex: Sequence[str], query: str) -> list[str]:
     terms = words(query) - KEY_STOP_WORDS
-    astray = [line for line in lex if terms and terms.isdisjoint(words(line))]
-    return quote("lex line keeps no key word of the query", astray)
+    without = [line for line in lex if terms and terms.isdisjoint(words(line))]
+    return quote("lex line keeps no key word of the query", without)
 
 
 def find_without_entity(kind: str, lines: Sequence[str], entities: set[str]) -> list[str]:
-    astray = [line for line in lines if not keeps_entity(line, entities)]
-    return quote(f"{kind} line keeps none of {', '.join(sorted(entities))}", astray)
+    without = [line for line in lines if not keeps_entity(line, entities)]
+    return quote(f"{kind} line keeps none of {', '.join(sorted(entities))}", without)
 
 
 def find_filler(lex: Sequence[str], query: str) -> list[str]:
-    unasked = FILLERS - words(query)
-    padded = [line for line in lex if not unasked.isdisjoint(words(line))]
+    fillers = FILLERS - words(query)
+    padded = [line for line in lex if not fillers.isdisjoint(words(line))]
     return quote("lex line has filler the query does not ask for", padded)
 
 
@@ -199,7 +200,7 @@ def find_unnatural(vec: Sequence[str]) -> list[str]:
 
 
 def grade(faults: Sequence[str], lines: Sequence[str], every: int, some: int, none: int) -> int:
-    """Points by how many of the lines, at least one, are free of a fault."""
+    """Points if every line, some lines or no line is free of the fault; `lines` is not empty."""
     return every if not faults else some if len(faults) < len(lines) else none
 
 
@@ -222,8 +223,7 @@ def score_hyde(hyde: list[str]) -> Part:
     if not hyde:
         return 0, []
     passage = hyde[0]
-    points = 10  # 5 for the line, 5 for no newline in it: a parsed line never has one
-    faults = []
+    points, faults = 10, []  # 5 for having one, 5 for no newline in it (true of any parsed line)
     if 50 <= len(passage) <= 200:
         points += 5
     else:
@@ -238,8 +238,7 @@ def score_hyde(hyde: list[str]) -> Part:
 
 
 def score_quality(query: str, lex: list[str], vec: list[str]) -> Part:
-    points = 5
-    faults = []
+    points, faults = 5, []
     if lex and vec:
         lex_mean, vec_mean = (sum(map(len, lines)) / len(lines) for lines in (lex, vec))
         if lex_mean <= vec_mean:
@@ -251,27 +250,27 @@ def score_quality(query: str, lex: list[str], vec: list[str]) -> Part:
         points += 2 if unnatural else 5
         faults += unnatural
     if lex:
-        astray, filler = find_without_key_term(lex, query), find_filler(lex, query)
-        points += grade(astray, lex, every=5, some=2, none=0) - 3 * len(filler)
-        faults += astray + filler
+        off_topic, filler = find_without_key_term(lex, query), find_filler(lex, query)
+        points += grade(off_topic, lex, every=5, some=2, none=0) - 3 * len(filler)
+        faults += off_topic + filler
         if any('"' in line for line in lex) and len(query.split()) >= 2:
             points += 3
     return points, faults
 
 
 def score_entity(entities: set[str], lex: list[str], vec: list[str]) -> Part:
-    """May be negative: the total takes it as it is."""
+    """The points can be negative; the total includes them as they are."""
     if not entities:
         return 10, []
     if not lex:
         return 0, ["no lex line to keep the query's entities"]
-    astray, generic = find_without_entity("lex", lex, entities), find_generic(lex)
+    off_topic, generic = find_without_entity("lex", lex, entities), find_generic(lex)
     everything = " ".join(lex + vec).lower()
     lost = [entity for entity in sorted(entities) if entity not in everything]
     missing = quote("entity is in no lex or vec line", lost)
-    points = grade(astray, lex, every=15, some=5, none=-30)
+    points = grade(off_topic, lex, every=15, some=5, none=-30)
     points -= 20 * len(missing) + 15 * len(generic)
-    faults = astray + missing + generic
+    faults = off_topic + missing + generic
     if any(keeps_entity(line, entities) for line in vec):
         points += 5
     else:
@@ -297,10 +296,10 @@ def score_only_diversity(query: str, kind: str, lines: list[str]) -> Part:
 
 def score_only_quality(query: str, kind: str, lines: list[str]) -> Part:
     if kind == "lex":
-        astray, generic = find_without_key_term(lines, query), find_generic(lines)
+        off_topic, generic = find_without_key_term(lines, query), find_generic(lines)
         filler = find_filler(lines, query)
-        points = 10 + (0 if astray else 5) + (0 if generic else 5) - 3 * len(filler)
-        return points, astray + generic + filler
+        points = 10 + (0 if off_topic else 5) + (0 if generic else 5) - 3 * len(filler)
+        return points, off_topic + generic + filler
     if kind == "vec":
         unnatural = find_unnatural(lines)
         return 15 if unnatural else 20, unnatural
@@ -314,15 +313,16 @@ def score_only_quality(query: str, kind: str, lines: list[str]) -> Part:
 def score_only_entity(entities: set[str], kind: str, lines: list[str]) -> Part:
     if not entities:
         return 10, []
-    astray = find_without_entity(kind, lines, entities)
-    return grade(astray, lines, every=20, some=15, none=0), astray
+    off_topic = find_without_entity(kind, lines, entities)
+    return grade(off_topic, lines, every=20, some=15, none=0), off_topic
 
 
 def score_expansion_detailed(query: str, expansion: str) -> dict:
-    """Score one expansion: every part, and in words every fault that cost something.
+    """Score one expansion and name every deduction.
 
-    Keys: those of PARTS, `total`, `max_possible`, `percentage` (0-100), `rating`, `deductions`,
-    `parsed`, `entities_detected`, `only_mode`.
+    Keys: PARTS, `total`, `max_possible`, `percentage` (0-100), `rating`, `valid` (False if the
+    expansion fails the format and so scores 0), `deductions`, `parsed` (the lines by type),
+    `entities_detected`, `only_mode` (a type or None).
     """
     base, kind = only_mode(query)
     text, thinking = clean_expansion(expansion)
@@ -372,7 +372,8 @@ def score_expansion_detailed(query: str, expansion: str) -> dict:
         "total": total,
         "max_possible": max_possible,
         "percentage": round(percentage, 1),
-        "rating": next((name for least, name in RATINGS if percentage >= least), "Failed"),
+        "rating": next((name for minimum, name in RATINGS if percentage >= minimum), "Failed"),
+        "valid": not fatal,
         "deductions": deductions,
         "parsed": parsed,
         "entities_detected": sorted(entities),
@@ -381,13 +382,13 @@ def score_expansion_detailed(query: str, expansion: str) -> dict:
 
 
 def score_expansion(query: str, expansion: str) -> float:
-    """total / max_possible in [0, 1]. The echo cap of `percentage` does not touch it."""
+    """Return total / max_possible, in [0, 1], without the echo cap of `percentage`."""
     result = score_expansion_detailed(query, expansion)
     return min(1.0, result["total"] / result["max_possible"])
 
 
 def text_of(value: str | list[dict]) -> str:
-    """A string as it is; of chat messages, the content of the last one."""
+    """Return a string unchanged; for chat messages, the content of the last one."""
     is_chat = isinstance(value, list) and value and isinstance(value[-1], dict)
     text = value[-1].get("content") if is_chat else value
     if not isinstance(text, str):
@@ -396,27 +397,24 @@ def text_of(value: str | list[dict]) -> str:
 
 
 def query_of_prompt(prompt: str | list[dict]) -> str:
-    """The query in a rendered prompt, in chat messages, or in a prompt that is the query itself."""
-    # Scoring needs this file alone; only reading a prompt needs to know how prompts are written.
-    from expander.prompt import IM_END, IM_START, query_of
-
-    turn = text_of(prompt).rpartition(f"{IM_START}user\n")[2].partition(IM_END)[0].strip()
-    query = query_of(turn)
-    # A prompt may carry the row's intent on a second line; it is no part of the query.
-    return turn if query is None else query.partition("\nQuery intent:")[0].strip()
+    """Read the query from a rendered prompt or chat messages; other text is the query itself."""
+    turn = text_of(prompt).rpartition("<|im_start|>user\n")[2].partition(END_MARKER)[0].strip()
+    instructed = INSTRUCTED.fullmatch(turn)
+    return instructed.group(1).strip() if instructed else turn
 
 
 class QMDRewardFunction:
-    """`score_expansion` as a reward function for TRL's GRPOTrainer, which logs it by `__name__`."""
+    """`score_expansion` as a reward function for TRL's GRPOTrainer, which logs its `__name__`."""
 
     __name__ = "qmd_reward"
 
     def __call__(self, completions, prompts=None, **kwargs) -> list[float]:
-        """One reward in [0, 1] a completion; completions and prompts are strings or chat messages.
+        """Return one reward in [0, 1] per completion.
 
-        The queries are the data set's column `query` or `queries` if TRL hands one over, else they
-        are read from the prompts; with neither they are empty, and little but the form is scored.
-        Raises ValueError when the numbers differ or an entry holds no text.
+        Completions and prompts are strings or chat messages. Queries come from the data set's
+        `query` or `queries` column if TRL passes one, else from the prompts. Without either they
+        are empty, and almost only the form is scored. Raises ValueError if the numbers of
+        completions and queries differ or an entry has no text.
         """
         queries = kwargs.get("query", kwargs.get("queries"))
         if queries is None:
@@ -428,7 +426,7 @@ class QMDRewardFunction:
 
 
 SELF_TEST_KEYS = (*PARTS, "total", "max_possible", "percentage", "rating")
-SELF_TEST = (  # name, query, expansion, worked by hand: the figures of SELF_TEST_KEYS
+SELF_TEST = (  # name, query, expansion, figures for SELF_TEST_KEYS worked out by hand
     ("no fault", "auth config",
      "hyde: Set the auth provider and the signing key in config.yaml, then restart the server.\n"
      "lex: auth settings file\nlex: login config options\n"
@@ -456,7 +454,7 @@ SELF_TEST = (  # name, query, expansion, worked by hand: the figures of SELF_TES
 
 
 def self_test() -> list[str]:
-    """Score the hand-worked cases: one line for each figure that differs."""
+    """Score the hand-worked cases; return one line per figure that differs."""
     differences = []
     for name, query, expansion, figures in SELF_TEST:
         result = score_expansion_detailed(query, expansion)
@@ -467,12 +465,12 @@ def self_test() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score an expansion, or test the rubric itself.")
-    parser.add_argument("--query", help="the query that was expanded, with its /only: suffix")
-    parser.add_argument("file", nargs="?", help="the expansion as UTF-8 text; - reads stdin")
+    parser = argparse.ArgumentParser(description="Score an expansion; by default, run a self-test.")
+    parser.add_argument("--query", help="the original query, including any /only: suffix")
+    parser.add_argument("file", nargs="?", help="file with the expansion (UTF-8), or - for stdin")
     args = parser.parse_args()
     if (args.query is None) != (args.file is None):
-        parser.error("--query and a file go together; give neither for the self-test")
+        parser.error("--query needs a file and a file needs --query; omit both for the self-test")
     if args.query is None:
         differences = self_test()
         print(f"self-test: {len(SELF_TEST)} cases, {len(differences)} figures differ")

@@ -25,7 +25,7 @@ def check(row: object) -> None:
         raise row
     example = parse_row(row)
     score = score_expansion_detailed(example.query, render_lines(example.lines))
-    if score["max_possible"] == 100:  # the rubric's sign that the format itself failed
+    if not score["valid"]:
         raise ValueError(score["deductions"][0])
 
 

@@ -1,6 +1,6 @@
-"""The prompt and its ChatML frame, written down once.
+"""The prompt and its ChatML frame.
 
-Training, GRPO rollouts, evaluation, the Modelfile and QMD must agree on these bytes:
+Training, GRPO rollouts, evaluation, the Modelfile and QMD use exactly these bytes:
 
     <|im_start|>user
     /no_think Expand this search query: {query}<|im_end|>
@@ -10,34 +10,36 @@ Training, GRPO rollouts, evaluation, the Modelfile and QMD must agree on these b
     vec: ...
     <|im_end|>
 
-The frame is rendered here and never by a model's own chat template, which may add a system turn
-or an empty think block, or run somebody's Jinja.
+The frame is written here rather than by a model's chat template, which may add a system turn or an
+empty think block, and is third-party Jinja code.
 """
 
 from collections.abc import Sequence
+
+from reward import LINE_TYPES
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
 INSTRUCTION = "/no_think Expand this search query: "
 
-# The order of the lines in a target.
-TYPES = ("hyde", "lex", "vec")
+# In the order of a target's lines, which is alphabetical: hyde, lex, vec.
+TYPES = tuple(sorted(LINE_TYPES))
 
 
 def user_message(query: str, intent: str | None = None) -> str:
-    """The user's turn, without its frame; `intent` stands on a line of its own."""
+    """Content of the user turn; `intent` goes on a second line."""
     return f"{INSTRUCTION}{query}" + (f"\nQuery intent: {intent}" if intent else "")
 
 
 def query_of(message: str) -> str | None:
-    """The query in a user's turn written by `user_message`; None when it is some other text."""
+    """The query in a user turn written by `user_message`, or None for any other text."""
     message = message.strip()
     prefix = INSTRUCTION.rstrip()
     return message[len(prefix) :].strip() if message.startswith(prefix) else None
 
 
 def render_prompt(query: str, system: str | None = None, intent: str | None = None) -> str:
-    """Everything up to the first character of the expansion.
+    """The prompt as text, up to the first character of the expansion.
 
     >>> render_prompt("auth config")
     '<|im_start|>user\\n/no_think Expand this search query: auth config<|im_end|>\\n<|im_start|>assistant\\n'
@@ -51,12 +53,12 @@ def render_prompt(query: str, system: str | None = None, intent: str | None = No
 def encode_prompt(
     tokenizer, query: str, system: str | None = None, intent: str | None = None
 ) -> list[int]:
-    """Token ids of `render_prompt`, without any token the tokenizer would add by itself."""
+    """The token ids of `render_prompt`'s text, without special tokens added by the tokenizer."""
     return tokenizer.encode(render_prompt(query, system, intent), add_special_tokens=False)
 
 
 def render_lines(lines: Sequence[tuple[str, str]]) -> str:
-    """The expansion as text, one line a pair, no newline at the end.
+    """The expansion as text, one line per (type, text) pair, without a final newline.
 
     >>> render_lines([("lex", "auth settings"), ("vec", "how to configure authentication")])
     'lex: auth settings\\nvec: how to configure authentication'
@@ -65,9 +67,9 @@ def render_lines(lines: Sequence[tuple[str, str]]) -> str:
 
 
 def render_target(lines: Sequence[tuple[str, str]], final_newline: bool = True) -> str:
-    """What the model must write after the prompt, the end token included.
+    """The completion to learn: the expansion and the end token.
 
-    QMD's grammar allows the end only after a newline, so the last line carries one by default.
+    QMD's grammar lets a model stop only after a newline, so the last line ends with one by default.
 
     >>> render_target([("lex", "auth settings")])
     'lex: auth settings\\n<|im_end|>'

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from expander.files import write_json
+from reward import LINE_TYPES
 
 # QMD writes "/only:lex"; older rows have "only: lex".
-ONLY_SUFFIX = re.compile(r"\s+/?only:\s*(?:lex|vec|hyde)\s*$", re.IGNORECASE)
+ONLY_SUFFIX = re.compile(rf"\s+/?only:\s*(?:{'|'.join(LINE_TYPES)})\s*$", re.IGNORECASE)
 # Training rows must not contain these queries or near copies of them.
 EVALUATION_QUERIES = Path(__file__).parents[1] / "evals" / "queries.txt"
 # In an adapter folder: digests of the queries it was trained on, which do not reveal them.

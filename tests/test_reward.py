@@ -18,7 +18,7 @@ from reward import (
     score_expansion_detailed,
 )
 
-# Scored cases of the original rubric; too many to carry along, so checked where they are at hand.
+# Cases scored by the original rubric. The file is too large to include; it is checked if present.
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden" / "reward_cases.jsonl"
 
 QUERY = "auth config"  # no entities, two key terms
@@ -35,12 +35,12 @@ def score(query: str, *lines: str) -> dict:
     return score_expansion_detailed(query, "\n".join(lines))
 
 
-# id: query, lines, the figures the case is about, its deductions
+# Test id: (query, lines, figures to check, deductions)
 NORMAL = {
     "no fault": (
         QUERY, [HYDE, LEX, "lex: login config options", VEC, VEC_B],
         {"format": 30, "diversity": 30, "hyde": 20, "quality": 20, "entity": 10, "think_bonus": 20,
-         "total": 130, "max_possible": 140, "percentage": 92.9, "rating": "Excellent"}, [],
+         "total": 130, "max_possible": 140, "percentage": 92.9, "rating": "Excellent", "valid": True}, [],
     ),
     "no hyde lowers the maximum": (
         QUERY, [LEX, VEC], {"hyde": 0, "total": 110, "max_possible": 120, "percentage": 91.7}, [],
@@ -63,7 +63,8 @@ NORMAL = {
     "empty": (
         QUERY, [],
         {"format": 10, "diversity": 15, "hyde": 0, "quality": 5, "entity": 10, "think_bonus": 20,
-         "total": 60, "max_possible": 120, "percentage": 50.0, "rating": "Acceptable"},
+         "total": 60, "max_possible": 120, "percentage": 50.0, "rating": "Acceptable",
+         "valid": True},
         ["no lex line", "no vec line"],
     ),
     "contained lines": (
@@ -269,7 +270,7 @@ ONLY = {
     ),
     "asked for type missing": (
         f"{QUERY} /only:vec", [LEX], dict(dict.fromkeys(PARTS, 0), total=0, max_possible=100,
-        percentage=0.0, rating="Failed"), ["no vec line, and only vec is asked for"],
+        percentage=0.0, rating="Failed", valid=False), ["no vec line, and only vec is asked for"],
     ),
     "similar lines, echo, no cap": (
         f"{QUERY} /only:lex", ["lex: auth config", "lex: auth config", LEX],
@@ -348,14 +349,14 @@ def test_hand_worked(query, lines, figures, deductions):
     [(96, "Excellent"), (95, "Good"), (72, "Good"), (71, "Acceptable"), (48, "Acceptable"),
      (47, "Poor"), (24, "Poor"), (23, "Failed")],
 )  # fmt: skip
-def test_rating_starts_at_its_threshold(monkeypatch, total, rating):
+def test_a_rating_includes_its_threshold(monkeypatch, total, rating):
     monkeypatch.setattr(reward, "score_quality", lambda *_: (total - 90, []))  # 30+30+10+20 else
     result = score(QUERY, LEX, VEC)
     assert (result["total"], result["max_possible"]) == (total, 120)
     assert result["rating"] == rating
 
 
-def test_echo_cap_holds_percentage_but_not_the_score():
+def test_the_echo_cap_applies_to_the_percentage_but_not_to_the_score():
     # 30 format + 20 diversity + 20 quality + 20 entity + 20 think = 110 of 120
     text = "lex: aws lambda timeout\nvec: how to raise the time limit of a Lambda function"
     assert score_expansion_detailed(NAMED, text)["percentage"] == 50.0
@@ -382,22 +383,23 @@ def test_hard_fail(text, fault, suffix):
     assert result["deductions"][0] == fault
     assert {key: result[key] for key in PARTS} == dict.fromkeys(PARTS, 0)
     assert (result["total"], result["max_possible"], result["percentage"]) == (0, 100, 0.0)
-    assert (result["rating"], result["entities_detected"]) == ("Failed", [])
+    assert (result["rating"], result["valid"]) == ("Failed", False)
+    assert result["entities_detected"] == []
     assert score_expansion(NAMED + suffix, text) == 0.0
 
 
-def test_hard_fail_shows_the_text_as_it_came():
+def test_a_hard_fail_reports_the_uncleaned_lines():
     parsed = score(QUERY, "<think>x</think>lex: a", "junk<|im_end|>")["parsed"]
     assert parsed["invalid"] == ["<think>x</think>lex: a", "junk<|im_end|>"]
 
 
-def test_cleaning():
+def test_end_markers_and_think_blocks_are_removed():
     plain = score(QUERY, LEX, VEC)
     assert score(QUERY, f"  {LEX}<|im_end|>", "", f"\t{VEC} ", "<|im_end|>\n") == plain
     thought = score(QUERY, f"<think>a\nb</think>{LEX}", f"<think>c</think>{VEC}")
     assert thought["parsed"] == plain["parsed"]
     assert score(f"{QUERY} /only:vec", f"{LEX}<|im_end|>")["parsed"]["lex"] == [LEX[5:]]
-    # One tag alone is no think block, just text.
+    # An opening tag without a closing one is ordinary text.
     assert score(QUERY, f"{LEX} <think>", VEC)["think_bonus"] == 20
 
 
@@ -417,20 +419,20 @@ def test_lines_end_at_newlines_only():
     ("query", "entities"),
     [
         ("what does TDS do", {"tds"}),
-        ("I am A person", set()),  # one capital letter alone is no acronym, and both are in KEY
-        ("B tree", {"b", "tree"}),  # a capital not in KEY, and the word after it
+        ("I am A person", set()),  # one letter is no acronym, and both are stop words
+        ("B tree", {"b", "tree"}),  # a capital that is no stop word, and the word after it
         ("meeting with Bob about C++", {"bob", "c++"}),
-        ("Configure Redis", {"redis"}),  # a first word in VERB is nothing
-        ("SetUp redis", set()),  # ... whatever later rules say
+        ("Configure Redis", {"redis"}),  # an opening word is no entity
+        ("SetUp redis", set()),  # ... even with a second capital
         ("Redis configure", {"redis", "configure"}),
-        ("My Setup", {"setup"}),  # VERB counts for the first word only
-        ("How iS it", set()),  # lower case first letter
+        ("My Setup", {"setup"}),  # opening words are ignored only in first place
+        ("How iS it", set()),  # "iS" starts in lower case
         ("the Is IsNot", {"isnot"}),
-        ("tell WhO knows", {"who", "knows"}),  # rule 4: a word of KEY with a second capital
+        ("tell WhO knows", {"who", "knows"}),  # rule 4: a stop word with a second capital
         ("node.js e-mail user@host c#", {"node.js", "e-mail", "user@host", "c#"}),
         ("a - b # +", set()),
-        ("AWS Lambda cold start", {"aws", "lambda", "cold"}),  # the chain is one word long
-        ("AWS for teams", {"aws"}),  # KEY words do not follow a name
+        ("AWS Lambda cold start", {"aws", "lambda", "cold"}),  # only one word follows a name
+        ("AWS for teams", {"aws"}),  # ... and no stop word
         ("AWS , lambda", {"aws"}),  # bare punctuation breaks the chain
         ('"AWS", (lambda)', {"aws", "lambda"}),
         ("日本 旅行", set()),
@@ -463,15 +465,15 @@ def test_only_mode(query, expected):
     ("line", "generic"),
     [
         ("what is", True),
-        ("Search for it", True),  # two characters left
+        ("Search for it", True),  # two characters are left
         ("search for him", False),
         ("search", True),  # begins with the phrase's first word
-        ("howto", True),  # "how to": both words are taken out of it
+        ("howto", True),  # both words of "how to" are removed
         ("however", False),
-        ("guide to to to", False),  # only the first "to" goes
+        ("guide to to to", False),  # only the first "to" is removed
         ("my guide to", True),  # anywhere in the line
         ("find information about", True),
-        ("how auto", True),  # "to" goes out of "auto"
+        ("how auto", True),  # "to" is removed from "auto"
         ("how photo", False),
         ("", False),
     ],
@@ -480,7 +482,7 @@ def test_generic(line, generic):
     assert reward.is_generic(line) is generic
 
 
-def test_any_text_scores_in_range_and_every_loss_is_named():
+def test_scores_of_random_text_are_in_range_and_every_loss_has_a_deduction():
     rng = random.Random(7)
     words = [*QUERY.split(), *NAMED.split(), "how", "to", "overview", '"', "x" * 60, "日本"]
     starts = ["lex: ", "vec: ", "hyde: "]
@@ -519,7 +521,7 @@ def test_any_text_scores_in_range_and_every_loss_is_named():
     assert len(seen) > 12  # the mix reaches most modes and ratings
 
 
-# Not parametrised over the file: without it there is nothing to collect.
+# Not parametrised, so that nothing is collected (or skipped) without the file.
 if GOLDEN.exists():
 
     def test_golden_file():
@@ -558,14 +560,14 @@ def chat(role: str, text: str) -> list[dict]:
     ],
 )
 def test_trl_reward_reads_the_query_from_the_prompt(prompt):
-    # Scored as an echo only if the query is exactly this one.
+    # This is an echo only if the query is read exactly.
     echo = f"lex: {QUERY} settings\n{VEC}"
     rewards = QMDRewardFunction()([echo, chat("assistant", TEXT)], prompts=[prompt, prompt])
     assert rewards == [score_expansion(QUERY, echo), RIGHT]
     assert rewards[0] == pytest.approx(100 / 120)
 
 
-def test_trl_reward_takes_the_query_column_first():
+def test_trl_reward_prefers_the_query_column():
     reward_fn = QMDRewardFunction()
     completions = [TEXT, "lex: auth config"]
     expected = [score_expansion("Redis", TEXT), score_expansion(QUERY, "lex: auth config")]
@@ -588,7 +590,7 @@ def test_trl_reward_takes_the_query_column_first():
         (["lex: a"], {"prompts": [7]}, "found 7"),
     ],
 )
-def test_trl_reward_names_what_is_wrong(completions, columns, message):
+def test_trl_reward_rejects_wrong_input(completions, columns, message):
     with pytest.raises(ValueError, match=message):
         QMDRewardFunction()(completions, **columns)
 
@@ -619,9 +621,9 @@ def test_command_scores_a_file(run, tmp_path):
     assert '- lex line repeats the query: "auth config"\n' in done.stdout
 
 
-def test_command_names_the_user_s_mistake(run, tmp_path):
+def test_command_rejects_wrong_arguments(run, tmp_path):
     for args, message in (
-        (["--query", QUERY], "--query and a file go together"),
+        (["--query", QUERY], "--query needs a file"),
         (["--query", QUERY, tmp_path / "none"], "cannot read the expansion"),
     ):
         done = run(["reward.py", *args])

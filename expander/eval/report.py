@@ -76,13 +76,12 @@ def in_wrong_language(query: str, text: str) -> bool:
 def measure(query: str, text: str, truncated: bool = False) -> dict:
     """One output: its rubric score, its flaws, and what QMD would keep of it."""
     score = score_expansion_detailed(query, text)
-    lines = score.pop("parsed")
+    lines, valid = score.pop("parsed"), score.pop("valid")
     base, _ = only_mode(query)
     return {
         "text": text,
         "truncated": truncated,
-        # A maximum of 100 is the rubric's sign that the format itself failed.
-        "valid": score["max_possible"] != 100 and bool(text.strip()),
+        "valid": valid and bool(text.strip()),
         "empty": not text.strip(),
         "echoing": any(echoes(line, base) for line in lines["lex"] + lines["vec"]),
         "wrong_language": in_wrong_language(query, text),

@@ -17,7 +17,7 @@ from expander.train import distributed
 from expander.train.inputs import Prompt
 from expander.train.logps import completion_logps
 from expander.train.loss import group_advantages, sample_std
-from reward import parse_expansion
+from reward import LINE_TYPES, parse_expansion
 
 
 @dataclass
@@ -166,7 +166,7 @@ def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:
     spread = sample_std(rewards)
     lengths = [len(r.tokens) for r in rollouts]
     lines = [parse_expansion(r.text) for r in rollouts]
-    lines = [[text.lower() for kind in ("lex", "vec", "hyde") for text in p[kind]] for p in lines]
+    lines = [[text.lower() for kind in LINE_TYPES for text in p[kind]] for p in lines]
     metrics = {
         "reward": rewards.mean().item(),
         "reward_std": spread.mean().item(),
