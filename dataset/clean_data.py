@@ -1,14 +1,14 @@
-"""Find what is wrong with the form of rows, show each repair as a diff, and make it when told to.
+"""Find faults in the form of rows, show each repair as a diff, and apply it with --fix.
 
-    python dataset/clean_data.py rows.jsonl                    what would change; exit 1 if anything
+    python dataset/clean_data.py rows.jsonl                    show the repairs; exit 1 if any
     python dataset/clean_data.py rows.jsonl --fix -o clean.jsonl
     python dataset/clean_data.py rows.jsonl --fix --in-place
 
-Looked for: a query that an earlier row has, lines out of order, a second hyde line, hyde over 200
-characters (cut after a sentence), lex lines with filler, lines that repeat the query or another
-line, lines that QMD would drop, and entities and technical terms of the query that no line keeps.
-A row that no rule can mend, such as one whose only lex line is the query, stays as it is and is
-named. A changed row is written in the canonical format, any other as it was.
+The faults: the query of an earlier row, lines out of order, a second hyde line, a hyde line over 200
+characters (cut after a sentence), lex lines with filler, lines that repeat the query or another line,
+lines that QMD would drop, and entities and technical terms of the query that are in no line.
+A row that no rule can repair, such as one whose only lex line is the query, is reported and left
+unchanged. Repaired rows are written in the canonical format, all others unchanged.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
+from expander.eval.report import printable
 from expander.files import write_rows
 from expander.prompt import TYPES, render_lines
 from expander.qmd import kept_lines
@@ -37,9 +38,9 @@ from reward import (
     words,
 )
 
-HYDE_LEAST, HYDE_MOST = 50, 200
+HYDE_MIN, HYDE_MAX = 50, 200  # characters
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？।]")
-# Keys of the formats that the canonical one replaces.
+# Columns of other formats, which the canonical format replaces.
 REPLACED = ("input", "searches", "messages", "text", "prompt", "completion")
 
 Line = tuple[str, str]
@@ -47,21 +48,21 @@ Lines = list[Line]
 
 
 def cut_at_sentence(text: str) -> str | None:
-    """As many whole sentences as the limit holds; None when they are too few to say anything.
+    """The sentences that fit into HYDE_MAX; None if they are shorter than HYDE_MIN.
 
     >>> cut_at_sentence("x" * 60 + ". " + "y" * 300) == "x" * 60 + "."
     True
     """
-    ends = [match.end() for match in SENTENCE_END.finditer(text) if match.end() <= HYDE_MOST]
-    return text[: ends[-1]] if ends and ends[-1] >= HYDE_LEAST else None
+    ends = [match.end() for match in SENTENCE_END.finditer(text) if match.end() <= HYDE_MAX]
+    return text[: ends[-1]] if ends and ends[-1] >= HYDE_MIN else None
 
 
 def without_lines(lines: Lines, bad: Callable[[Line], bool]) -> Lines:
-    """The lines but the bad ones; the first of a type stays when all of that type are bad."""
+    """Remove bad lines, but keep the first line of a type if all of that type are bad."""
     kept = [line for line in lines if not bad(line)]
     lost = {kind for kind, _ in lines} - {kind for kind, _ in kept}
-    stay = [next(line for line in lines if line[0] == kind) for kind in lost]
-    return [line for line in lines if line in kept or line in stay]
+    firsts = [next(line for line in lines if line[0] == kind) for kind in lost]
+    return [line for line in lines if line in kept or line in firsts]
 
 
 def fix_order(query: str, lines: Lines) -> Lines:
@@ -76,21 +77,21 @@ def fix_second_hyde(query: str, lines: Lines) -> Lines:
 def fix_long_hyde(query: str, lines: Lines) -> Lines:
     return [
         (kind, cut_at_sentence(text) or text)
-        if kind == "hyde" and len(text) > HYDE_MOST
+        if kind == "hyde" and len(text) > HYDE_MAX
         else (kind, text)
         for kind, text in lines
     ]
 
 
 def fix_filler(query: str, lines: Lines) -> Lines:
-    """Take filler out of lex lines; where only an echo or nothing would be left, the line goes."""
+    """Remove filler from lex lines, and the line if only an echo or nothing would be left."""
     base, _ = only_mode(query)
-    unasked = FILLERS - words(base)
+    fillers = FILLERS - words(base)  # a filler that the query asks about stays
 
     def fixed(text: str) -> str:
-        if unasked.isdisjoint(words(text)):
+        if fillers.isdisjoint(words(text)):
             return text
-        short = " ".join(word for word in text.split() if word.lower() not in unasked)
+        short = " ".join(word for word in text.split() if word.lower() not in fillers)
         return text if not short or echoes(short, base) else short
 
     lines = [(kind, fixed(text) if kind == "lex" else text) for kind, text in lines]
@@ -113,26 +114,26 @@ def fix_dropped_by_qmd(query: str, lines: Lines) -> Lines:
 
 
 def fix_entities(query: str, lines: Lines) -> Lines:
-    """Put an entity before each lex line that has none, and those no line has behind the first."""
+    """Prepend an entity to lex lines without one; append entities that are in no line to the first."""
     base, only = only_mode(query)
     entities = extract_named_entities(base)
     stripped = (word.strip(".,!?:;()[]\"'") for word in base.split())
-    spelt = {word.lower(): word for word in stripped if word.lower() in entities}
+    spellings = {word.lower(): word for word in stripped if word.lower() in entities}
     at = next((i for i, (kind, _) in enumerate(lines) if kind == "lex"), None)
-    if not spelt or at is None:
+    if not spellings or at is None:
         return lines
-    first = next(iter(spelt.values()))
+    first = next(iter(spellings.values()))
     fixed = [
         (kind, f"{first} {text}" if kind == "lex" and not keeps_entity(text, entities) else text)
         for kind, text in lines
     ]
-    told = " ".join(text.lower() for kind, text in fixed if kind != "hyde")
-    missing = [word for lower, word in spelt.items() if lower not in told and not only]
+    kept = " ".join(text.lower() for kind, text in fixed if kind != "hyde")
+    missing = [word for lower, word in spellings.items() if lower not in kept and not only]
     fixed[at] = ("lex", " ".join([fixed[at][1], *missing]))
     return lines if any(echoes(text, base) for kind, text in fixed if kind == "lex") else fixed
 
 
-# An echo goes before a line gains an entity: with it, the line would not count as one.
+# Echoes are removed before entities are added: with an entity they would no longer count as echoes.
 FIXES: dict[str, Callable[[str, Lines], Lines]] = {
     "lines out of order": fix_order,
     "second hyde line": fix_second_hyde,
@@ -145,8 +146,8 @@ FIXES: dict[str, Callable[[str, Lines], Lines]] = {
 }
 
 
-def mend(example: Example) -> tuple[Lines, list[str]]:
-    """(the lines repaired, names of the repairs that changed something)."""
+def repair(example: Example) -> tuple[Lines, list[str]]:
+    """(repaired lines, names of the repairs that changed them)."""
     lines, done = list(example.lines), []
     for name, fix in FIXES.items():
         fixed = fix(example.query, lines)
@@ -157,11 +158,11 @@ def mend(example: Example) -> tuple[Lines, list[str]]:
 
 
 def remaining(query: str, lines: Sequence[Line]) -> list[str]:
-    """What no rule could mend, one for each line."""
+    """The faults that no rule can repair, one entry per line."""
     base, _ = only_mode(query)
     left = ["filler"] * len(find_filler([text for kind, text in lines if kind == "lex"], base))
     for kind, text in lines:
-        if kind == "hyde" and len(text) > HYDE_MOST:
+        if kind == "hyde" and len(text) > HYDE_MAX:
             left.append("long hyde")
         if kind != "hyde" and echoes(text, base):
             left.append("repeats the query")
@@ -171,70 +172,84 @@ def remaining(query: str, lines: Sequence[Line]) -> list[str]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Find faults of form in rows, and mend them.")
+    parser = argparse.ArgumentParser(description="Find and repair faults in the form of rows.")
     add = parser.add_argument
-    add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
-    add("--fix", action="store_true", help="write the repaired rows, to one of:")
+    add("data", nargs="*", default=[DATA], help=f"files, folders or globs (default: {DATA})")
+    add("--fix", action="store_true", help="write the repaired rows; needs -o or --in-place")
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "-o", "--output", type=cli.new_file, metavar="FILE", help="all rows, in a new file"
+        "-o", "--output", type=cli.new_file, metavar="FILE", help="write all rows to a new file"
     )
-    where.add_argument("--in-place", action="store_true", help="each row in its own file")
+    where.add_argument("--in-place", action="store_true", help="write each row to its own file")
     args = parser.parse_args()
     if args.fix != bool(args.output or args.in_place):
-        parser.error("--fix needs -o FILE or --in-place, and these need --fix")
+        parser.error("use --fix together with -o FILE or --in-place")
     return args
 
 
 def print_diff(before: Sequence[Line], after: Sequence[Line]) -> None:
-    from expander.eval.report import printable
-
     for mark, lines, others in (("-", before, after), ("+", after, before)):
         for line in lines:
             if line not in others:
                 print(f"{mark} {printable(render_lines([line]))}")
 
 
+class Cleaning:
+    """The rows read so far: their queries, and the faults by name."""
+
+    def __init__(self):
+        self.queries: set[str] = set()
+        self.repaired: Counter[str] = Counter()
+        self.remaining: Counter[str] = Counter()
+
+    def clean(self, location: str, row: dict) -> dict | None:
+        """Report and repair the faults of a row; None if its query is that of an earlier row."""
+        example = parse_row(row, in_order=False)
+        name = normal_query(example.query)
+        if name in self.queries:
+            self.repaired["query of an earlier row"] += 1
+            print(printable(f"{location}: query of an earlier row: {example.query}"))
+            return None
+        self.queries.add(name)
+        lines, repairs = repair(example)
+        faults = remaining(example.query, lines)
+        self.repaired.update(repairs)
+        self.remaining.update(faults)
+        if repairs or faults:
+            found = ", ".join([*repairs, *(f"{fault} (not repaired)" for fault in faults)])
+            print(printable(f"{location}: {found}: {example.query}"))
+        if not repairs:
+            return row
+        print_diff(example.lines, lines)
+        others = {key: value for key, value in row.items() if key not in REPLACED}
+        return others | {"query": example.query, "output": lines}
+
+    def summary(self, fixed: bool) -> str:
+        headings = {"repaired" if fixed else "to repair": self.repaired}
+        headings["not repaired"] = self.remaining
+        lines = [
+            f"{heading}: {count} x {name}"
+            for heading, counts in headings.items()
+            for name, count in counts.most_common()
+        ]
+        return "\n".join([*lines, f"{len(self.queries)} rows with different queries"])
+
+
 def main() -> int:
     args = parse_arguments()
-    from expander.eval.report import printable
-
-    read_files(args.data)  # a broken row ends it here, before anything is written
-    mended, unmended, seen = Counter(), Counter(), set()
+    read_files(args.data)  # a broken row is reported before anything is written
+    cleaning = Cleaning()
     files: dict[Path, list[dict]] = {}
     for path in find_files(args.data):
-        kept = files.setdefault(path, [])
-        for place, row in file_rows(path):
-            example = parse_row(row, in_order=False)
-            name = normal_query(example.query)
-            if name in seen:
-                mended["query of an earlier row"] += 1
-                print(printable(f"{place}: query of an earlier row: {example.query}"))
-                continue
-            seen.add(name)
-            lines, done = mend(example)
-            left = remaining(example.query, lines)
-            mended.update(done)
-            unmended.update(left)
-            if done or left:
-                told = ", ".join([*done, *(f"{fault} (not mended)" for fault in left)])
-                print(printable(f"{place}: {told}: {example.query}"))
-            if done:
-                print_diff(example.lines, lines)
-                others = {key: value for key, value in row.items() if key not in REPLACED}
-                row = others | {"query": example.query, "output": lines}
-            kept.append(row)
-
+        cleaned = (cleaning.clean(location, row) for location, row in file_rows(path))
+        files[path] = [row for row in cleaned if row is not None]
     if args.output:
         write_rows(args.output, chain.from_iterable(files.values()))
     elif args.in_place:
         for path, rows in files.items():
             write_rows(path, rows)
-    for what, found in ("mended" if args.fix else "to mend", mended), ("left as it is", unmended):
-        for name, count in found.most_common():
-            print(f"{what}: {count} x {name}")
-    print(f"{len(seen)} rows with a query of their own")
-    return int(bool(unmended) or (bool(mended) and not args.fix))
+    print(cleaning.summary(fixed=args.fix))
+    return int(bool(cleaning.remaining) or (bool(cleaning.repaired) and not args.fix))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A chat endpoint as one function, and the patience that asking it takes."""
+"""Chat endpoints: one request, and retries, pauses and giving up around it."""
 
 import asyncio
 import contextlib
@@ -11,22 +11,24 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 
-ANTHROPIC_MAX_TOKENS = 1024  # its API demands a limit; an expansion takes about 150
-FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between tries, doubled each time
-GIVE_UP = 3  # texts in a row without a reply
+import httpx2
+
+ANTHROPIC_MAX_TOKENS = 1024  # the API requires a limit; an expansion has about 150 tokens
+FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds between attempts, doubled each time
+GIVE_UP = 3  # stop after this many texts in a row without a reply
 
 
 class NoReply(Exception):
-    """A request that gave nothing to judge; `again` says whether it is worth repeating."""
+    """A request failed; `retry` is True if it may succeed later."""
 
-    def __init__(self, reason: str, again: bool, after: float | None = None):
+    def __init__(self, reason: str, retry: bool, after: float | None = None):
         super().__init__(" ".join(reason.split())[:300])
-        self.again = again
-        self.after = after  # seconds that the endpoint asks to wait
+        self.retry = retry
+        self.after = after  # seconds that the endpoint asks to wait; None if it does not
 
 
 class Stopped(Exception):
-    """Nothing more is asked: somebody stopped the run, or the endpoint gives nothing any more."""
+    """The run was stopped, by the user or because the endpoint gives no replies."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ Send = Callable[[str], Awaitable[Reply]]
 
 
 def seconds_to_wait(header: str | None) -> float | None:
-    """A Retry-After header, which is seconds or a date, as seconds from now.
+    """A Retry-After header (seconds or a date) as seconds from now; None if it is neither.
 
     >>> seconds_to_wait("7"), seconds_to_wait("soon")
     (7.0, None)
@@ -57,43 +59,43 @@ def seconds_to_wait(header: str | None) -> float | None:
 
 
 def refusal(status: int, headers: Mapping[str, str], text: str) -> NoReply:
-    again = status in (408, 429) or status >= 500
-    return NoReply(f"status {status}: {text}", again, seconds_to_wait(headers.get("retry-after")))
+    """The error for an HTTP status other than success."""
+    retry = status in (408, 429) or status >= 500
+    return NoReply(f"status {status}: {text}", retry, seconds_to_wait(headers.get("retry-after")))
 
 
 def hider(key: str) -> Callable[[str], str]:
-    """What takes a key out of anything an endpoint sends back, so that it reaches no file or log."""
+    """A function that masks the key in whatever an endpoint returns, before it is saved or printed."""
     return lambda text: text.replace(key, "[key]") if key else text
 
 
 def openai_sender(url: str, model: str, key: str, options: dict) -> Send:
-    """Ask an endpoint that has OpenAI's chat completions; without a key when that is empty.
+    """A sender for endpoints with OpenAI's chat completions.
 
     Args:
-        options: further fields of the request, as the endpoint names them.
+        key: API key; empty to send none.
+        options: more fields of the request.
 
     Raises:
-        ValueError: the address is none.
+        ValueError: the URL is invalid.
     """
-    import httpx2
-
     hide = hider(key)
     address = f"{url.rstrip('/')}/chat/completions"
     try:
-        known = httpx2.URL(address).scheme in ("http", "https")
+        valid = httpx2.URL(address).scheme in ("http", "https")
     except httpx2.InvalidURL:
-        known = False
-    if not known:
-        raise ValueError(f"--url {url}: not an address such as http://localhost:8080/v1")
+        valid = False
+    if not valid:
+        raise ValueError(f"--url {url}: not a URL such as http://localhost:8080/v1")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    client = httpx2.AsyncClient(headers=headers, timeout=None)  # `Endpoint` has the time-out
+    client = httpx2.AsyncClient(headers=headers, timeout=None)  # `Endpoint` sets the timeout
 
     async def send(text: str) -> Reply:
         body = {"model": model, "messages": [{"role": "user", "content": text}]}
         try:
             response = await client.post(address, json=body | options)
         except httpx2.RequestError as error:
-            raise NoReply(f"{address}: {error or type(error).__name__}", again=True) from None
+            raise NoReply(f"{address}: {error or type(error).__name__}", retry=True) from None
         answer = hide(response.text)
         if not response.is_success:
             raise refusal(response.status_code, response.headers, answer)
@@ -107,21 +109,21 @@ def openai_sender(url: str, model: str, key: str, options: dict) -> Send:
                 int(usage.get("completion_tokens") or 0),
             )
         except (ValueError, LookupError, TypeError, AttributeError):
-            raise NoReply(f"not a chat completion: {answer!r}", again=True) from None
+            raise NoReply(f"not a chat completion: {answer!r}", retry=True) from None
 
     return send
 
 
 def anthropic_sender(url: str | None, model: str, key: str, options: dict) -> Send:
-    """Ask the Anthropic API through its library, which is needed for this alone.
+    """A sender for the Anthropic API, through its optional library.
 
     Raises:
-        ValueError: there is no library, or no key.
+        ValueError: the library is not installed, or the key is empty.
     """
     try:
-        import anthropic
+        import anthropic  # not in requirements.txt
     except ImportError:
-        raise ValueError("--api anthropic needs a library: pip install anthropic") from None
+        raise ValueError("--api anthropic needs its library: pip install anthropic") from None
     if not key:
         raise ValueError("--api anthropic needs a key: set ANTHROPIC_API_KEY in the environment")
     hide = hider(key)
@@ -135,31 +137,32 @@ def anthropic_sender(url: str | None, model: str, key: str, options: dict) -> Se
                 messages=[{"role": "user", "content": text}],
                 extra_body=options,
             )
-            said = "".join(block.text for block in answer.content if block.type == "text")
+            reply = "".join(block.text for block in answer.content if block.type == "text")
             used, cut_off = answer.usage, answer.stop_reason == "max_tokens"
-            return Reply(hide(said).strip(), cut_off, used.input_tokens, used.output_tokens)
+            return Reply(hide(reply).strip(), cut_off, used.input_tokens, used.output_tokens)
         except anthropic.APIStatusError as error:
             response = error.response
             raise refusal(response.status_code, response.headers, hide(error.message)) from None
         except anthropic.APIError as error:
-            raise NoReply(hide(f"{error} {error.__cause__ or ''}"), again=True) from None
+            raise NoReply(hide(f"{error} {error.__cause__ or ''}"), retry=True) from None
         except (ValueError, TypeError, AttributeError):
-            raise NoReply("not a message of the Anthropic API", again=True) from None
+            raise NoReply("not a message of the Anthropic API", retry=True) from None
 
     return send
 
 
 class Endpoint:
-    """Asks, waits and asks again; sets `stop` when nothing comes any more."""
+    """Sends with retries; sets `stop` when the endpoint seems to be dead."""
 
     def __init__(self, send: Send, retries: int, timeout: float):
         self.send, self.retries, self.timeout = send, retries, timeout
         self.stop = asyncio.Event()
-        self.free_at = 0.0  # no request before this time: the endpoint asked for a pause
+        self.free_at = 0.0  # time before which the endpoint wants no request
         self.failed_in_a_row = 0
         self.count: Counter[str] = Counter()  # repeated, tokens in, tokens out
 
     async def pause(self, seconds: float) -> None:
+        """Wait; raise Stopped at once if the run is stopped."""
         if seconds > 0:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stop.wait(), seconds)
@@ -167,10 +170,10 @@ class Endpoint:
             raise Stopped
 
     async def ask(self, text: str) -> Reply:
-        """The reply to a text.
+        """Send a text and return the reply.
 
         Raises:
-            NoReply: it was refused, or there was none after all retries.
+            NoReply: the request was refused, or all retries failed.
             Stopped: `stop` is set.
         """
         for attempt in range(self.retries + 1):
@@ -179,7 +182,7 @@ class Endpoint:
                 async with asyncio.timeout(self.timeout):
                     reply = await self.send(text)
             except TimeoutError:
-                failure = NoReply(f"no answer within {self.timeout:g} s", again=True)
+                failure = NoReply(f"no answer within {self.timeout:g} s", retry=True)
             except NoReply as error:
                 failure = error
             else:
@@ -187,7 +190,7 @@ class Endpoint:
                 self.count["tokens in"] += reply.tokens_in
                 self.count["tokens out"] += reply.tokens_out
                 return reply
-            if not failure.again or attempt == self.retries:
+            if not failure.retry or attempt == self.retries:
                 break
             self.count["repeated"] += 1
             if failure.after is None:

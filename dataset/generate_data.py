@@ -1,16 +1,16 @@
-"""Make rows with a language model: have it expand queries, keep the answers that score well.
+"""Make rows with a language model: it expands queries, and answers that score well are kept.
 
     python dataset/generate_data.py --queries queries.txt --model NAME -o data/new.jsonl
     python dataset/generate_data.py --topics topics.txt --per-topic 20 --model NAME -o data/new.jsonl
 
-Any endpoint with OpenAI's chat completions will do: mlx_lm.server (the default --url), Ollama
-(--url http://localhost:11434/v1), OpenAI itself; or the Anthropic API with --api anthropic. A key is
-taken from OPENAI_API_KEY or ANTHROPIC_API_KEY alone.
+Works with any endpoint for OpenAI's chat completions: mlx_lm.server (the default --url), Ollama
+(--url http://localhost:11434/v1) or OpenAI; and with the Anthropic API (--api anthropic). The API key
+comes from OPENAI_API_KEY or ANTHROPIC_API_KEY.
 
-Every answer is on disk before the next one is counted, so the same command goes on after a Ctrl-C, a
-crash or a dead endpoint. OUTPUT holds the rows, OUTPUT.rejects the queries that gave none, with the
-answer and the reason, and OUTPUT.topics the queries that topics gave. Rejected queries are not asked
-again: delete OUTPUT.rejects for that.
+Each answer is written to disk at once, so after Ctrl-C, a crash or a dead endpoint the same command
+continues. OUTPUT has the rows; OUTPUT.rejects the rejected queries with the answer and the reason;
+OUTPUT.topics the queries invented for each topic. Rejected queries are not tried again: delete
+OUTPUT.rejects to do so.
 """
 
 import argparse
@@ -36,15 +36,15 @@ from dataset.endpoint import (
     anthropic_sender,
     openai_sender,
 )
-from dataset.gate import LEAST, evaluation_copies, judge
-from dataset.journal import append, heal, recorded
+from dataset.gate import MIN_SCORE, evaluation_copies, judge
+from dataset.journal import append, recorded, repair
 from expander import cli
 from expander.queries import normal_query, read_queries
 from expander.rows import SURROGATE, canonical_row, file_rows, parse_row
 
 MLX_SERVER = "http://localhost:8080/v1"
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
-LONGEST_QUERY = 300  # characters of an invented one
+MAX_QUERY_LENGTH = 300  # characters of an invented query
 
 EXPAND = """\
 You write training data for a model that expands queries for the search of somebody's own notes and
@@ -81,61 +81,78 @@ Queries = list[tuple[str, str | None]]  # (query, category)
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Have a language model expand queries; keep the answers that score well.",
+        description="Make rows with a language model; keep the answers that score well.",
         epilog="example: python dataset/generate_data.py --queries queries.txt --model "
         "mlx-community/Qwen3-4B-Instruct-2507-4bit -o data/new.jsonl",
     )
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
-        "--queries", type=Path, metavar="FILE", help='one a line, or .jsonl rows with a "query"'
+        "--queries",
+        type=Path,
+        metavar="FILE",
+        help='queries, one per line, or .jsonl rows with a "query"',
     )
     source.add_argument(
-        "--topics", type=Path, metavar="FILE", help="one a line, to invent queries from"
+        "--topics", type=Path, metavar="FILE", help="topics, one per line, to invent queries for"
     )
-    add("--per-topic", type=int, metavar="N", default=20, help="queries a topic (default: 20)")
-    add("-o", "--output", type=Path, metavar="FILE", required=True, help="rows are added to it")
-    add("--api", choices=KEYS, default="openai", help="the protocol (default: openai)")
-    add("--url", help=f"the endpoint's base address (openai's default: {MLX_SERVER})")
-    add("--model", required=True, help="as the endpoint names it")
-    add("--options", type=json.loads, metavar="JSON", default={}, help="more fields of the request")
+    add("--per-topic", type=int, metavar="N", default=20, help="queries per topic (default: 20)")
+    add("-o", "--output", type=Path, metavar="FILE", required=True, help="file to append rows to")
+    add("--api", choices=KEYS, default="openai", help="protocol of the endpoint (default: openai)")
+    add("--url", help=f"base URL of the endpoint (default with openai: {MLX_SERVER})")
+    add("--model", required=True, help="model name at the endpoint")
     add(
-        "--min-score", type=float, metavar="S", default=LEAST, help="percent (default: %(default)s)"
+        "--options", type=json.loads, metavar="JSON", default={}, help="more fields for the request"
     )
-    add("--parallel", type=int, metavar="N", default=4, help="requests at once (default: 4)")
-    add("--retries", type=int, metavar="N", default=5, help="repeats of a request (default: 5)")
-    add("--timeout", type=float, metavar="S", default=120, help="seconds a request (default: 120)")
-    add("--price", type=float, nargs=2, metavar=("IN", "OUT"), help="of a million tokens")
+    add(
+        "--min-score",
+        type=float,
+        metavar="S",
+        default=MIN_SCORE,
+        help="minimum percentage (default: %(default)s)",
+    )
+    add("--parallel", type=int, metavar="N", default=4, help="parallel requests (default: 4)")
+    add("--retries", type=int, metavar="N", default=5, help="retries per request (default: 5)")
+    add(
+        "--timeout", type=float, metavar="S", default=120, help="seconds per request (default: 120)"
+    )
+    add(
+        "--price",
+        type=float,
+        nargs=2,
+        metavar=("IN", "OUT"),
+        help="price per million tokens, to print the cost",
+    )
     args = parser.parse_args()
     if not isinstance(args.options, dict):
-        parser.error("--options is a JSON object such as '{\"temperature\": 0.7}'")
+        parser.error("--options must be a JSON object such as '{\"temperature\": 0.7}'")
     if min(args.per_topic, args.parallel) < 1 or args.retries < 0 or args.timeout <= 0:
-        parser.error("--per-topic, --parallel and --timeout are above 0, --retries is 0 or more")
+        parser.error("--per-topic, --parallel and --timeout must be above 0, --retries at least 0")
     return args
 
 
-def read_asked(path: Path) -> Queries:
-    """The queries of a text file or of rows, which need no expansion."""
+def read_source(path: Path) -> Queries:
+    """Read the queries of a text file, or of .jsonl rows with or without an expansion."""
     if path.suffix != ".jsonl":
         return read_queries(path)
-    asked = []
-    for place, row in file_rows(path):
+    queries = []
+    for location, row in file_rows(path):
         try:
             if isinstance(row, ValueError):
                 raise row
             if not (isinstance(row, dict) and isinstance(row.get("query"), str)):
                 row = vars(parse_row(row))
             if not row["query"].strip() or SURROGATE.search(row["query"]):
-                raise ValueError(f"the query is {row['query']!r}, not a text")
+                raise ValueError(f"the query is {row['query']!r}, expected text")
         except ValueError as error:
-            raise ValueError(f"{place}: {error}") from None
+            raise ValueError(f"{location}: {error}") from None
         category = row.get("category")
-        asked.append((row["query"], category if isinstance(category, str) else None))
-    return asked
+        queries.append((row["query"], category if isinstance(category, str) else None))
+    return queries
 
 
 def invented(text: str) -> list[str]:
-    r"""The queries in the answer to INVENT.
+    r"""The queries in an answer to INVENT.
 
     >>> invented('Here are two queries:\n1. auth config\n- "DNS" cache')
     ['auth config', '"DNS" cache']
@@ -144,12 +161,14 @@ def invented(text: str) -> list[str]:
     return [
         line
         for line in lines
-        if 0 < len(line) <= LONGEST_QUERY and not line.endswith(":") and not SURROGATE.search(line)
+        if 0 < len(line) <= MAX_QUERY_LENGTH
+        and not line.endswith(":")
+        and not SURROGATE.search(line)
     ]
 
 
 class Generation:
-    """One run: its endpoint, its files and what came of it."""
+    """One run: its endpoint, its files and its counts."""
 
     def __init__(self, args: argparse.Namespace, source: Queries, endpoint: Endpoint):
         self.args, self.source, self.endpoint = args, source, endpoint
@@ -159,14 +178,14 @@ class Generation:
         self.failure = ""
         self.signum = 0
 
-    async def each(self, what: str, items: Sequence, handle: Callable[..., Awaitable]) -> None:
-        """Handle every item, --parallel at once, until the end or a stop."""
-        progress, done = cli.Progress(what, len(items)), 0
-        waiting = iter(items)  # shared by the workers
+    async def each(self, label: str, items: Sequence, handle: Callable[..., Awaitable]) -> None:
+        """Handle every item with --parallel workers, until the end or a stop."""
+        progress, done = cli.Progress(label, len(items)), 0
+        queue = iter(items)  # shared by the workers
 
         async def work() -> None:
             nonlocal done
-            for item in waiting:
+            for item in queue:
                 if self.endpoint.stop.is_set():
                     return
                 try:
@@ -182,15 +201,16 @@ class Generation:
         await asyncio.gather(*(work() for _ in range(self.args.parallel)))
 
     def reject(self, query: str, reason: str, answer: str) -> None:
+        """Record a query without a row."""
         append(self.rejects, {"query": query, "reason": reason, "answer": answer})
         self.count["rejected"] += 1
 
     async def expand(self, item: tuple[str, str | None]) -> None:
-        """Ask for one expansion and record what came of it."""
+        """Ask for the expansion of a query, and record it as a row or a reject."""
         query, category = item
         reply = await self.endpoint.ask(EXPAND.format(query=query))
         if reply.cut_off:
-            return self.reject(query, "cut off at the endpoint's limit of tokens", reply.text)
+            return self.reject(query, "truncated at the endpoint's token limit", reply.text)
         verdict = judge(query, FENCE.sub("", reply.text), self.args.min_score)
         if verdict.example is None:
             return self.reject(query, verdict.reason, reply.text)
@@ -199,12 +219,12 @@ class Generation:
         self.count["unmatched"] += verdict.unmatched
 
     async def invent(self, topic: str) -> None:
-        """Ask for the queries of one topic and record them."""
+        """Ask for queries on a topic and record them."""
         text = INVENT.format(count=self.args.per_topic, topic=topic)
         queries = invented((await self.endpoint.ask(text)).text)[: self.args.per_topic]
         append(self.topics, {"topic": topic, "queries": queries})
 
-    async def asked_for(self) -> Queries:
+    async def all_queries(self) -> Queries:
         """The queries of --queries, or those that the model invents for --topics."""
         if self.args.queries:
             return self.source
@@ -214,14 +234,13 @@ class Generation:
         known = recorded(self.topics, "topic")
         await self.each("topics", [topics[x] for x in topics if x not in known], self.invent)
         known = recorded(self.topics, "topic")
-        asked = [(topics[x], known[x]["queries"]) for x in topics if x in known]
-        return [(query, topic) for topic, queries in asked for query in queries]
+        return [(query, topics[x]) for x in topics if x in known for query in known[x]["queries"]]
 
-    def still_to_ask(self, asked: Queries) -> Queries:
-        """Those without a row or a reject yet, each once, and none from the evaluation."""
+    def new_queries(self, queries: Queries) -> Queries:
+        """Those without a row or a reject, without duplicates and evaluation queries."""
         done = recorded(self.args.output, "query").keys() | recorded(self.rejects, "query").keys()
         new: dict[str, tuple[str, str | None]] = {}
-        for query, category in asked:
+        for query, category in queries:
             name = normal_query(query)
             if name in done or name in new:
                 self.count["done" if name in done else "duplicate"] += 1
@@ -229,31 +248,32 @@ class Generation:
                 new[name] = (" ".join(query.split()), category)
         copies = evaluation_copies([query for query, _ in new.values()])
         for copy, query in copies.items():
-            self.reject(copy, f"near the evaluation query {query!r}", "")
+            self.reject(copy, f"nearly repeats the evaluation query {query!r}", "")
         return [item for item in new.values() if item[0] not in copies]
 
     async def run(self) -> None:
+        """Generate until every query has a row or a reject; the first signal stops new requests."""
         for path in (self.args.output, self.rejects, self.topics):
-            heal(path)
+            repair(path)
         loop = asyncio.get_running_loop()
 
         def stop(signum: int) -> None:
             self.signum = signum
             self.endpoint.stop.set()
             for each in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(each)  # a second one acts at once
-            print("stopping: waiting for the answers under way", file=sys.stderr)
+                loop.remove_signal_handler(each)  # a second signal stops at once
+            print("stopping: waiting for pending answers", file=sys.stderr)
 
         for signum in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(signum, stop, signum)
-        await self.each("asked", self.still_to_ask(await self.asked_for()), self.expand)
+        await self.each("queries", self.new_queries(await self.all_queries()), self.expand)
 
     def report(self) -> str:
         count, used = self.count, self.endpoint.count
         lines = [
             f"kept {count['kept']}, rejected {count['rejected']}, no answer for {count['failed']}, "
             f"{used['repeated']} requests repeated",
-            f"left out: {count['done']} done before, {count['duplicate']} duplicate queries, "
+            f"left out: {count['done']} done earlier, {count['duplicate']} duplicate queries, "
             f"{count['unmatched']} lines that QMD would drop",
             f"tokens: {used['tokens in']:,} in, {used['tokens out']:,} out",
         ]
@@ -264,14 +284,15 @@ class Generation:
             lines[-1] += f", cost {cost:.4f}"
         lines.append(f"{self.args.output}: {len(recorded(self.args.output, 'query'))} rows")
         if self.rejects.exists():
-            lines.append(f"{self.rejects}: what was rejected, and why")
+            lines.append(f"{self.rejects}: rejected queries with the reasons")
         return "\n".join(lines)
 
 
 def make_sender(args: argparse.Namespace) -> Send:
+    """The sender for --api, with the key from the environment."""
     key = os.environ.get(KEYS[args.api], "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ValueError(f"{KEYS[args.api]} holds a character that no key has")
+        raise ValueError(f"{KEYS[args.api]} contains a character that is not allowed in a key")
     if args.api == "anthropic":
         return anthropic_sender(args.url, args.model, key, args.options)
     return openai_sender(args.url or MLX_SERVER, args.model, key, args.options)
@@ -280,22 +301,22 @@ def make_sender(args: argparse.Namespace) -> Send:
 def main() -> int:
     args = parse_arguments()
     send = make_sender(args)
-    source = read_asked(args.queries) if args.queries else read_queries(args.topics)
+    source = read_source(args.queries) if args.queries else read_queries(args.topics)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     with args.output.open("ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise ValueError(f"{args.output}: another run is adding rows to it") from None
+            raise ValueError(f"{args.output}: another run is writing to it") from None
         generation = Generation(args, source, Endpoint(send, args.retries, args.timeout))
         asyncio.run(generation.run())
         print(generation.report())
     if generation.signum:
-        raise cli.Interrupted(generation.signum, "stopped; the same command goes on")
+        raise cli.Interrupted(generation.signum, "stopped; run the same command to continue")
     if generation.failure:
         raise ValueError(
-            f"{generation.count['failed']} without an answer (the last: {generation.failure}); "
-            "the same command asks for the rest"
+            f"{generation.count['failed']} queries without an answer (last error: "
+            f"{generation.failure}); run the same command to ask again"
         )
     return 0
 

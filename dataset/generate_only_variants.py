@@ -1,11 +1,10 @@
-"""Make `/only:` rows out of full ones: the query with the suffix, and the lines of that type alone.
+"""Make `/only:` rows from full rows: the query with the suffix, and only the lines of that type.
 
     python dataset/generate_only_variants.py data/short.jsonl -o data/only_more.jsonl
     python dataset/generate_only_variants.py --share 0.05 --seed 7 -o more.jsonl
 
-The seed chooses the rows and their type. A row that exists already, in the files read or among the
-new ones, is not made again, and none is made that scores under 80: so a hyde row needs a query
-that names something.
+The seed chooses the rows and their type. Queries that already have a variant are skipped, and so are
+variants that score under 80: a hyde variant therefore needs a query with a named entity.
 """
 
 import argparse
@@ -17,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
-from dataset.gate import LEAST
+from dataset.gate import MIN_SCORE
 from expander import cli
 from expander.files import write_rows
 from expander.prompt import TYPES, render_lines
@@ -27,17 +26,17 @@ from reward import score_expansion_detailed
 
 
 def variant(example: Example, kind: str) -> Example | None:
-    """The row for `/only:kind`; None when it would not be worth training on."""
+    """The row for `/only:kind`; None if it scores under MIN_SCORE."""
     query = f"{example.query} /only:{kind}"
     lines = tuple(line for line in example.lines if line[0] == kind)
     score = score_expansion_detailed(query, render_lines(lines))
-    if score["percentage"] < LEAST:
+    if score["percentage"] < MIN_SCORE:
         return None
     return Example(query, lines, category="only", language=example.language)
 
 
 def make_variants(examples: Sequence[Example], share: float, seed: int) -> list[Example]:
-    """Variants of a `share` of the full rows, at most one of each base query."""
+    """Variants of a `share` of the full rows, at most one per base query."""
     taken = {base_query(e.query) for e in examples if e.is_only}
     full = {base_query(e.query): e for e in examples if base_query(e.query) not in taken}
     rng = random.Random(seed)
@@ -51,21 +50,34 @@ def make_variants(examples: Sequence[Example], share: float, seed: int) -> list[
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make /only: rows out of full ones.")
+    parser = argparse.ArgumentParser(description="Make /only: rows from full rows.")
     add = parser.add_argument
-    add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
-    add("--share", type=float, default=0.1, metavar="X", help="of the full rows (default: 0.1)")
-    add("--seed", type=int, default=42, metavar="N", help="chooses rows and types (default: 42)")
-    add("-o", "--output", type=cli.new_file, required=True, metavar="FILE", help="for the rows")
+    add("data", nargs="*", default=[DATA], help=f"files, folders or globs (default: {DATA})")
+    add(
+        "--share",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of the full rows (default: 0.1)",
+    )
+    add("--seed", type=int, default=42, metavar="N", help="seed for rows and types (default: 42)")
+    add(
+        "-o",
+        "--output",
+        type=cli.new_file,
+        required=True,
+        metavar="FILE",
+        help="new file for the rows",
+    )
     args = parser.parse_args()
     if not 0 < args.share <= 1:
-        parser.error("--share is above 0, and at most 1")
+        parser.error("--share must be above 0 and at most 1")
 
     made = make_variants(read_files(args.data), args.share, args.seed)
     write_rows(args.output, map(canonical_row, made))
     kinds = Counter(example.lines[0][0] for example in made)
-    told = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
-    print(f"{args.output}: {len(made)} rows ({told})")
+    counts = ", ".join(f"{kinds[kind]} {kind}" for kind in TYPES)
+    print(f"{args.output}: {len(made)} rows ({counts})")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A JSON Lines file that grows a row at a time and survives a kill at any moment."""
+"""An append-only JSON Lines file that survives a kill at any moment."""
 
 import json
 import os
@@ -10,8 +10,8 @@ from expander.rows import file_rows
 
 
 def append(path: Path, row: dict) -> None:
-    """Add one line; it is on disk when this returns."""
-    # Half of a surrogate pair, which a model may write, becomes its JSON escape.
+    """Append a row and flush it to disk."""
+    # A model may write an unpaired surrogate, which UTF-8 cannot encode: escape it.
     line = json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
     with path.open("ab") as file:
         file.write(line)
@@ -19,27 +19,32 @@ def append(path: Path, row: dict) -> None:
         os.fsync(file.fileno())
 
 
-def heal(path: Path) -> None:
-    """Take off a last line that a killed run wrote in part; end one that only lacks its newline."""
+def repair(path: Path) -> None:
+    """Remove a last line that a killed run wrote in part; add a newline that is missing."""
     if not path.exists():
         return
     with path.open("r+b") as file:
-        whole, newline, rest = file.read().rpartition(b"\n")
+        complete, newline, rest = file.read().rpartition(b"\n")
         if not rest.strip():
             return
         try:
             json.loads(rest)
             file.write(b"\n")
         except ValueError:
-            file.truncate(len(whole) + len(newline))
-            print(f"{path}: its last line was cut off and is taken away", file=sys.stderr)
+            file.truncate(len(complete) + len(newline))
+            print(f"{path}: removed an incomplete last line", file=sys.stderr)
 
 
 def recorded(path: Path, field: str) -> dict[str, dict]:
-    """The rows of a file of this script by the normal form of one field; none without a file."""
+    """Read the rows by the normal form of a field; no rows if the file does not exist.
+
+    Raises:
+        ValueError: a row that is broken or has no text in the field.
+    """
     found = {}
-    for place, row in file_rows(path) if path.exists() else ():
+    for location, row in file_rows(path) if path.exists() else ():
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
-            raise ValueError(f"{place}: {row if isinstance(row, ValueError) else f'no {field!r}'}")
+            reason = row if isinstance(row, ValueError) else f"no {field!r}"
+            raise ValueError(f"{location}: {reason}")
         found[normal_query(row[field])] = row
     return found

@@ -1,12 +1,12 @@
-"""Rows of any format → data/train/{train,val}.jsonl, without duplicates and evaluation queries.
+"""Convert rows of any format to data/train/{train,val}.jsonl, without evaluation queries.
 
     python dataset/prepare_data.py                          data/*.jsonl
     python dataset/prepare_data.py rows.jsonl -o data/mine
     python train.py sft --set dataset.name=data/train
 
-The split is the one train.py makes of the same rows, so training on the folder and on what it was
-made from is the same. Each row has `messages`, and `text`: the conversation as training sees it.
-Left out and named in card.json: rows whose query is in evals/queries.txt, or nearly.
+The split is the one that train.py makes, so training on the folder equals training on its source.
+Duplicate queries are dropped. Each row has `messages`, and `text`: the conversation as training sees it.
+Rows whose query nearly repeats one of evals/queries.txt are left out and listed in card.json.
 """
 
 import argparse
@@ -28,7 +28,7 @@ SPLITS = ("train", "val")
 
 
 def prepared_row(example: Example) -> dict:
-    """What `parse_row` reads back as the same example; the final newline is in both renderings."""
+    """A row that `parse_row` reads back to an equal example; both renderings end with a newline."""
     return {
         "messages": [
             {"role": "user", "content": user_message(example.query)},
@@ -39,7 +39,7 @@ def prepared_row(example: Example) -> dict:
 
 
 def without_leaks(rows: Rows, queries: Sequence[str]) -> tuple[dict[str, list[Example]], list]:
-    """(examples by split, (query, row's query) pairs of what was left out)."""
+    """(examples by split, (evaluation query, row's query) pairs that were left out)."""
     sides = dict(zip(SPLITS, (rows.train, rows.validation), strict=True))
     leaks = near_copies(queries, (e.query for side in sides.values() for e in side))
     leaked = {query for _, query in leaks}
@@ -47,10 +47,12 @@ def without_leaks(rows: Rows, queries: Sequence[str]) -> tuple[dict[str, list[Ex
 
 
 def tally(values: Iterable[str]) -> dict[str, int]:
+    """Counts, most frequent first."""
     return dict(Counter(values).most_common())
 
 
 def counts(examples: Sequence[Example]) -> dict:
+    """What card.json records about a split."""
     return {
         "rows": len(examples),
         "only": sum(e.is_only for e in examples),
@@ -61,28 +63,55 @@ def counts(examples: Sequence[Example]) -> dict:
     }
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Make data/train/{train,val}.jsonl, without duplicates and evaluation queries."
     )
     add = parser.add_argument
-    add("data", nargs="*", default=[DATA], help=f"a file, a folder, a quoted glob ({DATA}), a set")
-    add("-o", "--output", type=Path, default=Path("data/train"), metavar="DIR")
-    add("--eval-split", type=float, default=0.1, metavar="X", help="share held out (default: 0.1)")
-    add("--seed", type=int, default=42, metavar="N", help="chooses what is held out (default: 42)")
-    add("--queries", type=Path, metavar="FILE", help="kept out (default: evals/queries.txt)")
+    add(
+        "data",
+        nargs="*",
+        default=[DATA],
+        help=f"file, folder, quoted glob or Hub id (default: {DATA})",
+    )
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        default=Path("data/train"),
+        metavar="DIR",
+        help="folder for the result (default: data/train)",
+    )
+    add(
+        "--eval-split",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of the rows held out (default: 0.1)",
+    )
+    add("--seed", type=int, default=42, metavar="N", help="seed for the split (default: 42)")
+    add(
+        "--queries",
+        type=Path,
+        metavar="FILE",
+        help="queries to leave out (default: evals/queries.txt)",
+    )
     args = parser.parse_args()
     if len(args.data) > 1:
-        parser.error(f"quote the glob, as train.py takes one name too: '{DATA}'")
+        parser.error(f"expected one name; quote a glob: '{DATA}'")
     if not 0 <= args.eval_split < 1:
-        parser.error("--eval-split is a share from 0 up to, not including, 1")
+        parser.error("--eval-split must be at least 0 and below 1")
+    return args
 
+
+def main() -> None:
+    args = parse_arguments()
     queries = [query for query, _ in read_queries(args.queries or EVALUATION_QUERIES)]
     rows = load_rows(args.data[0], eval_split=args.eval_split, seed=args.seed)
     print(f"{args.data[0]}: {rows.summary()}")
     sides, leaks = without_leaks(rows, queries)
     for query, row in leaks:
-        print(f"left out: {row!r} is too near the evaluation query {query!r}")
+        print(f"left out: {row!r} nearly repeats the evaluation query {query!r}")
     if not sides["train"]:
         raise ValueError(f"{args.data[0]}: no row is left to train on")
 
@@ -99,8 +128,8 @@ def main() -> None:
         "sha256": {name: digest(args.output / f"{name}.jsonl") for name in sides},
     }
     write_json(args.output / "card.json", card)
-    told = ", ".join(f"{len(examples)} in {name}.jsonl" for name, examples in sides.items())
-    print(f"{args.output}: {told}; counts in card.json")
+    counted = ", ".join(f"{len(examples)} in {name}.jsonl" for name, examples in sides.items())
+    print(f"{args.output}: {counted}; counts in card.json")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A row from a question or title and its passage, by rules, in English."""
+"""Rules that make a row from an English question or title and its passage."""
 
 import re
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ STOP = (
         """.split()
     )
 )
-MOST_KEYWORDS = 8  # in a query
-PASSAGE_LENGTHS = range(50, 201)  # characters of a hyde line
-LONGEST_VEC = 160
+MAX_KEYWORDS = 8  # per query
+HYDE_LENGTHS = range(50, 201)  # characters
+MAX_VEC_LENGTH = 160  # characters
 SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')\]]))\s+(?=[\"'(\[]?[A-Z0-9])|\n+")
-# A piece that ends so goes on in the next one.
+# A piece that ends like this is not a whole sentence: the next piece continues it.
 ABBREVIATION = re.compile(
     r"(?:^|[\s(])(?:(?:[A-Z]\.)*[A-Z]|Dr|Mr|Mrs|Ms|St|Jr|Sr|vs|No|Prof|Gen|Inc|Ltd|Co|e\.g|i\.e)\.$"
 )
-# What a sentence adds to a query: a number with its unit, a name of one or more words, a word.
+# A term of a sentence: a number with its unit, a name of one or more words, or a word.
 TERM = re.compile(r"\d[\w.,:/-]*(?: [a-z°%]\w*)?|[A-Z][\w-]+(?: [A-Z][\w-]+)*|[^\W\d][\w-]+")
 REFERENCE_MARK = re.compile(r"\[(?:\d+|citation needed)\]")
 POINTS_BACK = re.compile(
@@ -47,7 +47,7 @@ ASKS = re.compile(
 AUXILIARY = r"is|are|was|were|do|does|did|has|have|had|can|could|will|would|should|may|might"
 BE = "is|are|was|were"
 DONE = r"\w+ed|born|built|found|given|held|known|made|set|sung|taken|won|written"
-# (a question without its mark, the clause it becomes): word order that needs no other verb form.
+# (question without its mark, clause): changes of word order that keep the form of the verb.
 CLAUSES = tuple(
     (re.compile(pattern, re.IGNORECASE), clause)
     for pattern, clause in (
@@ -63,11 +63,11 @@ CLAUSES = tuple(
         (rf"(?!.*\b(?:{AUXILIARY})\b)((?:who|what|which) .+)", r"\1"),
     )
 )
-LEADS = ("I want to know", "Tell me", "Find out", "Explain")
+OPENINGS = ("I want to know", "Tell me", "Find out", "Explain")
 
 
 def keywords(text: str) -> list[str]:
-    """The words that carry the topic, each once, in order.
+    """The words that carry the topic, in order, without duplicates.
 
     >>> keywords("When did the Virgin Mary appear in Lourdes, France?")
     ['Virgin', 'Mary', 'appear', 'Lourdes', 'France']
@@ -81,51 +81,51 @@ def keywords(text: str) -> list[str]:
 
 
 def sentences(passage: str) -> list[str]:
-    """The sentences of a passage.
+    """Split a passage into sentences.
 
     >>> sentences('Dr. Ada said "1843." It had 7 notes at 20 °C.[2] Was it read in the U.S. then?')
     ['Dr. Ada said "1843."', 'It had 7 notes at 20 °C.', 'Was it read in the U.S. then?']
     """
     found: list[str] = []
-    open_end = False
+    unfinished = False
     for piece in SENTENCE_END.split(REFERENCE_MARK.sub("", passage)):
         piece = " ".join(piece.split())
-        if open_end and piece:
+        if unfinished and piece:
             found[-1] += f" {piece}"
         elif piece:
             found.append(piece)
-        open_end = bool(found and ABBREVIATION.search(found[-1]))
+        unfinished = bool(found and ABBREVIATION.search(found[-1]))
     return found
 
 
-def holds(sentence: str, words: Sequence[str]) -> int:
-    """How many of the words are in a sentence."""
+def count_words(sentence: str, words: Sequence[str]) -> int:
+    """How many of the words occur in a sentence."""
     lower = sentence.lower()
     return sum(word.lower() in lower for word in words)
 
 
 def facts(passage: str, keys: Sequence[str], answers: Sequence[str]) -> list[str]:
-    """The sentences that can stand for themselves as hyde, best first.
+    """The sentences that make sense alone, as a hyde line; best first.
 
-    Each names something (a number or a name), holds half of the keywords and does not point back to
-    another sentence. When the passage holds an answer, they do so too.
+    Each has a number or a name, contains half of the keywords and does not refer to an earlier
+    sentence. If sentences contain an answer, only those are returned.
     """
-    every = sentences(passage)
-    answering = [x for x in every if any(answer.lower() in x.lower() for answer in answers)]
-    fit = [
-        (-holds(sentence, keys), place, sentence)
-        for place, sentence in enumerate(answering or every)
-        if len(sentence) in PASSAGE_LENGTHS
-        and 2 * holds(sentence, keys) >= len(keys)
+    found = sentences(passage)
+    answering = [x for x in found if any(answer.lower() in x.lower() for answer in answers)]
+    candidates = [
+        (-count_words(sentence, keys), position, sentence)
+        for position, sentence in enumerate(answering or found)
+        if len(sentence) in HYDE_LENGTHS
+        and 2 * count_words(sentence, keys) >= len(keys)
         and not sentence.endswith("?")
         and not POINTS_BACK.match(sentence)
         and any(char.isdigit() or char.isupper() for char in sentence[1:])
     ]
-    return [sentence for *_, sentence in sorted(fit)]
+    return [sentence for *_, sentence in sorted(candidates)]
 
 
 def paraphrase(question: str) -> str | None:
-    """The question as a request; None when no rule turns it without a new verb form.
+    """The question as a request; None if no rule fits.
 
     >>> paraphrase("When was the Eiffel Tower built?").partition(" when ")[2]
     'the Eiffel Tower was built'
@@ -133,13 +133,14 @@ def paraphrase(question: str) -> str | None:
     bare = question.rstrip("?. ")
     for pattern, clause in CLAUSES:
         if match := pattern.fullmatch(bare):
-            turned = match.expand(clause)
-            return f"{LEADS[crc32(bare.encode()) % len(LEADS)]} {turned[0].lower()}{turned[1:]}"
+            opening = OPENINGS[crc32(bare.encode()) % len(OPENINGS)]
+            request = match.expand(clause)
+            return f"{opening} {request[0].lower()}{request[1:]}"
     return None
 
 
 def new_terms(sentence: str, query: str) -> list[str]:
-    """What a sentence says beyond the query, numbers and names first.
+    """The terms of a sentence that the query does not have, numbers and names first.
 
     >>> new_terms("Marie Curie found radium in 1898 in 7 tonnes of pitchblende.", "radium found")
     ['Marie Curie', '1898', '7 tonnes', 'pitchblende']
@@ -149,7 +150,7 @@ def new_terms(sentence: str, query: str) -> list[str]:
         words = [
             w
             for w in term.rstrip(".,:/-").split()
-            if w.lower() not in STOP and not holds(query, [w])
+            if w.lower() not in STOP and not count_words(query, [w])
         ]
         if len("".join(words)) > 1:
             terms.setdefault(" ".join(words).lower(), " ".join(words))
@@ -157,14 +158,14 @@ def new_terms(sentence: str, query: str) -> list[str]:
 
 
 def lex_lines(query: str, sentence: str) -> list[str]:
-    """Two keyword lines: what the query is about, with what only the sentence says of it."""
+    """Up to two keyword lines: keywords of the query with new terms of the sentence."""
     keys = keywords(query)
     names = [key for key in keys if key[0].isupper()]
     others = [key for key in keys if key not in names]
     new = new_terms(sentence, query)
     first = (names + others)[:2] + new[:1]
     rest = names[2:] + others
-    # A phrase alone holds no word of the query for the rubric, which splits at spaces.
+    # The rubric splits at spaces, so a quoted phrase needs an unquoted word of the query with it.
     if len(names) > 1 and rest and " ".join(names[:2]) in sentence:
         first = [f'"{names[0]} {names[1]}"', rest[0], *new[:1]]
     made: list[str] = []
@@ -177,7 +178,7 @@ def lex_lines(query: str, sentence: str) -> list[str]:
 
 
 def vec_lines(asked: str, keys: Sequence[str], hyde: str, passage: str) -> list[str]:
-    """The question and its paraphrase; without them, other sentences of the passage."""
+    """Up to two vec lines: the question and its paraphrase, or else other sentences of the passage."""
     made = []
     if ASKS.match(asked):
         made = [f"{asked[0].upper()}{asked[1:].rstrip('?. ')}?", paraphrase(asked)]
@@ -185,29 +186,29 @@ def vec_lines(asked: str, keys: Sequence[str], hyde: str, passage: str) -> list[
         sentence
         for sentence in sentences(passage)
         if sentence != hyde
-        and 2 * holds(sentence, keys) > len(keys)
-        and 15 < len(sentence) <= LONGEST_VEC
+        and 2 * count_words(sentence, keys) > len(keys)
+        and 15 < len(sentence) <= MAX_VEC_LENGTH
     ]
-    others.sort(key=lambda sentence: -holds(sentence, keys))
+    others.sort(key=lambda sentence: -count_words(sentence, keys))
     return [*filter(None, made), *others][:2]
 
 
-def make_row(asked: str, passage: str, answers: Sequence[str], least: float) -> Verdict:
-    """The row of one question or title; the verdict's reason says why there is none."""
+def make_row(asked: str, passage: str, answers: Sequence[str], min_score: float) -> Verdict:
+    """Make the row of a question or title; without one, the verdict has the reason."""
     asked = " ".join(asked.split())
     keys = keywords(asked)
-    if not 1 <= len(keys) <= MOST_KEYWORDS or len(asked) > LONGEST_VEC:
-        return Verdict(None, f"a question without keywords, or with more than {MOST_KEYWORDS}")
+    if not 1 <= len(keys) <= MAX_KEYWORDS or len(asked) > MAX_VEC_LENGTH:
+        return Verdict(None, f"the question has no keywords or more than {MAX_KEYWORDS}")
     query = " ".join(keys) if ASKS.match(asked) else asked.strip(" .?!")
-    verdict = Verdict(None, "no sentence of 50-200 characters that states a fact by itself")
+    verdict = Verdict(None, "no sentence of 50-200 characters that states a fact")
     for hyde in facts(passage, keys, answers):
         lex = lex_lines(query, hyde)
         vec = vec_lines(asked, keys, hyde, passage)
         if not lex or not vec:
-            verdict = Verdict(None, f"nothing to make {'vec' if lex else 'lex'} lines of")
+            verdict = Verdict(None, f"nothing to make {'vec' if lex else 'lex'} lines from")
             continue
         lines = [("hyde", hyde), *(("lex", x) for x in lex), *(("vec", x) for x in vec)]
-        verdict = judge(query, render_lines(lines), least)
+        verdict = judge(query, render_lines(lines), min_score)
         if verdict.example:
             break
     return verdict

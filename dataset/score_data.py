@@ -1,10 +1,10 @@
-"""Score every row by the rubric that training rewards, and by QMD's filter.
+"""Score every row with the rubric of reward.py, and count the lines that QMD would drop.
 
     python dataset/score_data.py                            the rows of data/
     python dataset/score_data.py rows.jsonl --worst 20
 
-A file's mean and least percentage, its rows under 80, the lines that QMD would drop, a histogram
-of all rows, and the worst rows with what each lost points for.
+Prints, for each file, the mean and minimum percentage, the rows under 80 and the lines that QMD would
+drop; then a histogram of all rows, and the worst rows with the reasons for their deductions.
 """
 
 import argparse
@@ -16,20 +16,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
-from dataset.gate import LEAST
+from dataset.gate import MIN_SCORE
 from expander import cli
+from expander.eval.report import format_sample, measure, printable, table
 from expander.prompt import render_lines
 from expander.qmd import kept_lines
 from expander.queries import base_query
 from expander.rows import DATA, Example, read_files
 from reward import score_expansion_detailed
 
-BIN = 5
-BAR = 50
+BIN = 5  # percent
+BAR = 50  # characters of the longest bar
 
 
 def score(example: Example) -> tuple[float, int]:
-    """(rubric's percentage, number of lines that QMD would drop)."""
+    """(percentage of the rubric, number of lines that QMD would drop)."""
     text = render_lines(example.lines)
     kept = kept_lines(base_query(example.query), text)
     percentage = score_expansion_detailed(example.query, text)["percentage"]
@@ -37,43 +38,48 @@ def score(example: Example) -> tuple[float, int]:
 
 
 def histogram(percentages: Iterable[float]) -> list[str]:
-    """A bar for each BIN percent from the least one found on; 100 falls in the last.
+    """A bar per BIN percent, from the lowest value up; 100 is in the last bin.
 
     >>> histogram([92, 97, 100, 98])[0]
     '   90-95     1  #################'
     """
     counts = Counter(min(int(x // BIN), 100 // BIN - 1) for x in percentages)
-    most = max(counts.values())
+    highest = max(counts.values())
     return [
-        f"  {i * BIN:>3}-{(i + 1) * BIN:<3} {counts[i]:>4}  {'#' * -(-BAR * counts[i] // most)}"
+        f"  {i * BIN:>3}-{(i + 1) * BIN:<3} {counts[i]:>4}  {'#' * -(-BAR * counts[i] // highest)}"
         for i in range(min(counts), 100 // BIN)
     ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score rows by the rubric and by QMD's filter.")
+    parser = argparse.ArgumentParser(description="Score rows with the rubric and QMD's filter.")
     add = parser.add_argument
-    add("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
-    add("--worst", type=int, default=5, metavar="N", help="rows shown in full (default: 5)")
+    add("data", nargs="*", default=[DATA], help=f"files, folders or globs (default: {DATA})")
+    add(
+        "--worst",
+        type=int,
+        default=5,
+        metavar="N",
+        help="number of rows shown in full (default: 5)",
+    )
     args = parser.parse_args()
-    from expander.eval.report import format_sample, measure, printable, table
 
     examples = read_files(args.data)
     scores = [score(example) for example in examples]
     files: dict[str, list[tuple[float, int]]] = {}
     for example, scored in zip(examples, scores, strict=True):
         files.setdefault(example.source.rpartition(":")[0], []).append(scored)
-    rows = [("file", "rows", "mean", "least", f"under {LEAST}", "lines QMD drops")]
-    for name, of_one in [*files.items(), ("all", scores)]:
-        points = [x for x, _ in of_one]
+    rows = [("file", "rows", "mean", "min", f"under {MIN_SCORE}", "lines QMD drops")]
+    for name, scored in [*files.items(), ("all", scores)]:
+        points = [x for x, _ in scored]
         rows.append(
             (
                 printable(name),
                 str(len(points)),
                 f"{sum(points) / len(points):.1f} %",
                 f"{min(points):.1f} %",
-                str(sum(x < LEAST for x in points)),
-                str(sum(dropped for _, dropped in of_one)),
+                str(sum(x < MIN_SCORE for x in points)),
+                str(sum(dropped for _, dropped in scored)),
             )
         )
     print(table(rows), "", *histogram(x for x, _ in scores), "", sep="\n")

@@ -1,10 +1,10 @@
-"""Name every row that training could not use, as path:line: reason; exit 1 if there is one.
+"""Report every row that training cannot use, as path:line: reason; exit 1 if there are any.
 
     python dataset/validate_schema.py                       the rows of data/
     python dataset/validate_schema.py rows.jsonl 'more/*.jsonl'
 
-Every format that train.py reads is valid. A row is bad when it cannot be read, or when its target
-fails the format that its query asks for. How good a valid row is, score_data.py says.
+Every format that train.py reads is valid. A row is bad if it cannot be parsed, or if its expansion
+does not have the format that its query asks for. For the quality of valid rows, use score_data.py.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from reward import score_expansion_detailed
 
 
 def check(row: object) -> None:
-    """Raise ValueError with the reason when the row is of no use."""
+    """Raise ValueError with the reason if training cannot use the row."""
     if isinstance(row, ValueError):
         raise row
     example = parse_row(row)
@@ -30,24 +30,26 @@ def check(row: object) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Name every row that training could not use.")
-    parser.add_argument("data", nargs="*", default=[DATA], help=f"files, folders, globs ({DATA})")
+    parser = argparse.ArgumentParser(description="Report every row that training cannot use.")
+    parser.add_argument(
+        "data", nargs="*", default=[DATA], help=f"files, folders or globs (default: {DATA})"
+    )
     args = parser.parse_args()
 
     good = bad = 0
     for path in find_files(args.data):
         before = good, bad
-        for place, row in file_rows(path):
+        for location, row in file_rows(path):
             try:
                 check(row)
                 good += 1
             except ValueError as error:
                 bad += 1
-                print(f"{place}: {error}")
+                print(f"{location}: {error}")
         print(f"{path}: {good - before[0]} good rows, {bad - before[1]} bad")
     if not good + bad:
-        raise DataError(f"{', '.join(args.data)}: there are no rows in it")
-    print(f"in all: {good} good rows, {bad} bad")
+        raise DataError(f"{', '.join(args.data)}: contains no rows")
+    print(f"total: {good} good rows, {bad} bad")
     return int(bad > 0)
 
 

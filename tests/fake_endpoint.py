@@ -1,6 +1,6 @@
-"""A chat endpoint on the loopback that answers as a test tells it to: well, badly, slowly or not at all.
+"""A loopback chat endpoint whose answers, errors and delays a test decides.
 
-It speaks OpenAI's chat completions and the Anthropic API's messages.
+It implements OpenAI's chat completions and the messages of the Anthropic API.
 """
 
 import json
@@ -13,22 +13,22 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 @dataclass
 class Act:
-    """What one request gets: an answer with `text`, unless another field says otherwise."""
+    """The response to one request: an answer with `text`, unless another field changes it."""
 
     text: str | None = ""
     status: int = 200
-    body: str | None = None  # this instead of an answer in the protocol's form
+    body: str | None = None  # raw body instead of an answer in the protocol's form
     headers: dict[str, str] = field(default_factory=dict)
-    drop: bool = False  # half of the body, then the connection is closed
-    cut_off: bool = False  # the limit of tokens was reached
+    drop: bool = False  # close the connection after half of the body
+    cut_off: bool = False  # the token limit was reached
 
 
-# (what is asked, how often it has been asked, the request's headers) → what to do
+# (query or topic, how often it has been asked, request headers) → response
 Behave = Callable[[str, int, dict], Act]
 
 
 class ChatEndpoint(ThreadingHTTPServer):
-    """Counts 100 tokens in and 50 out for every answer. `asked` holds what was asked."""
+    """Records requests in `asked`, `bodies` and `headers`. Every answer reports 100 tokens in, 50 out."""
 
     daemon_threads = True
 
@@ -47,7 +47,7 @@ class ChatEndpoint(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, *args: object) -> None:
-        """A client that hangs up is part of the tests."""
+        """Ignore clients that hang up: tests do."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -55,7 +55,7 @@ class Handler(BaseHTTPRequestHandler):
     server: ChatEndpoint
 
     def log_message(self, *args: object) -> None:
-        """Say nothing on stderr."""
+        """Print nothing."""
 
     def do_POST(self) -> None:
         server = self.server

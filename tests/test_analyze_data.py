@@ -1,4 +1,4 @@
-"""dataset/analyze_data.py: each rule, templates, repetition, languages, and the whole report."""
+"""dataset/analyze_data.py: rules, templates, repetition, languages, and the report."""
 
 import pytest
 from test_rows import jsonl
@@ -6,10 +6,10 @@ from test_rows import jsonl
 from dataset.analyze_data import (
     RULES,
     answers_in_english,
+    bare_query,
     in_other_language,
     language_of,
     ngrams,
-    query_of,
     templates,
 )
 from expander.nearness import template_of
@@ -40,13 +40,13 @@ def test_each_rule_finds_its_queries(query, expected):
     assert {name for name, rule in RULES.items() if rule(query)} == expected
 
 
-def test_a_query_is_judged_without_its_suffix():
-    assert query_of(example("Auth Config /only:lex")) == "Auth Config"
-    assert query_of(example("Auth Config only: lex")) == "Auth Config"
-    assert query_of(example("İstanbul otel /only:vec")) == "İstanbul otel"
+def test_rules_ignore_the_only_suffix():
+    assert bare_query(example("Auth Config /only:lex")) == "Auth Config"
+    assert bare_query(example("Auth Config only: lex")) == "Auth Config"
+    assert bare_query(example("İstanbul otel /only:vec")) == "İstanbul otel"
 
 
-def test_a_template_is_what_the_words_of_the_query_vary():
+def test_templates_are_sentences_that_differ_in_the_words_of_the_query():
     text = "This overview of {} covers {} in 12 steps."
     assert (
         template_of(text.format("Jazz", "jazz"), "jazz") == "this overview of … covers … in … steps"
@@ -61,12 +61,12 @@ def test_a_template_is_what_the_words_of_the_query_vary():
     assert templates(rows[:2])["hyde"] == []
 
 
-def test_runs_of_words_are_counted_once_a_text():
+def test_sequences_of_words_are_counted_once_per_text():
     found = ngrams(["a b c d a b c d", "A b, c d!", "a b c"])
     assert found["a b c d"] == 2 and found["b c d a"] == 1 and len(found) == 4
 
 
-def test_languages_and_answers_in_another_one():
+def test_languages_and_answers_in_another_language():
     german = example("Reifen wechseln", ("vec", "Wie wechselt man Reifen?"), language="de")
     english = example("Reifen wechseln", ("vec", "how to change the tyres of a car"), language="de")
     russian = example("настройка сети", ("lex", "network settings"))
@@ -88,8 +88,8 @@ def test_the_report(script, tmp_path):
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 0 and lines[0] == "6 rows"
     assert "short 4 66.7%" in lines and "only 1 16.7%" in lines
-    assert "labelled other than English: 16.7% in 1 languages" in lines
+    assert "labelled as another language than English: 16.7% in 1 languages" in lines
     assert "template sentences, hyde: 1, in 6 rows" in lines
-    assert "rows whose query stands in an earlier row: 1" in lines
-    assert "queries that nearly repeat an earlier one: 1" in lines
+    assert "rows with the query of an earlier row: 1" in lines
+    assert "queries that nearly repeat an earlier query: 1" in lines
     assert "grow tomato plants ~ grow tomatoes plants" in lines

@@ -1,11 +1,11 @@
-"""dataset/clean_data.py: each fault mended or named, the diff, and where it may write."""
+"""dataset/clean_data.py: each fault repaired or reported, the diff, and where it writes."""
 
 import json
 
 import pytest
 from test_rows import FORMATS, jsonl
 
-from dataset.clean_data import cut_at_sentence, mend, remaining
+from dataset.clean_data import cut_at_sentence, remaining, repair
 from expander.rows import Example, parse_row
 
 HYDE = "Set the provider and the signing key in config.yaml, then restart the server."
@@ -13,8 +13,8 @@ LONG = f"{HYDE} {'More words follow here and there. ' * 6}".strip()
 OK = [["hyde", HYDE], ["lex", "auth settings file"], ["vec", "how to configure authentication"]]
 
 
-def mended(query: str, *lines: tuple[str, str]) -> tuple[list, list]:
-    return mend(Example(query, lines))
+def repaired(query: str, *lines: tuple[str, str]) -> tuple[list, list]:
+    return repair(Example(query, lines))
 
 
 @pytest.mark.parametrize(
@@ -65,28 +65,28 @@ def mended(query: str, *lines: tuple[str, str]) -> tuple[list, list]:
         ),
     ],
 )  # fmt: skip
-def test_each_fault_is_mended(name, query, lines, expected):
-    assert mended(query, *lines) == (expected, [name])
-    assert mended(query, *expected) == (expected, [])
+def test_each_fault_is_repaired(name, query, lines, expected):
+    assert repaired(query, *lines) == (expected, [name])
+    assert repaired(query, *expected) == (expected, [])
     assert remaining(query, expected) == []
 
 
 def test_a_long_hyde_is_cut_after_a_sentence():
-    [(_, text)], done = mended("auth config", ("hyde", LONG.replace("More", "Auth")))
+    [(_, text)], done = repaired("auth config", ("hyde", LONG.replace("More", "Auth")))
     assert done == ["long hyde"] and 50 <= len(text) <= 200 and text.endswith("there.")
     assert cut_at_sentence("Version 1.5 of it. " + "x" * 300) is None  # under 50 characters
     assert cut_at_sentence("あ" * 60 + "。" + "い" * 200) == "あ" * 60 + "。"
 
 
-def test_what_would_get_worse_stays_and_is_named():
-    # Without its filler the line would be the query; with the entity before it as well.
+def test_a_line_that_a_repair_would_spoil_is_kept_and_reported():
+    # Without its filler, the first line would repeat the query.
     for query, kind, text, fault in (
         ("jazz piano", "lex", "jazz piano overview", "filler"),
         ("jazz piano", "lex", "jazz piano", "repeats the query"),
         ("jazz piano", "hyde", "jazz piano " + "x" * 250, "long hyde"),
         ("jazz piano", "vec", "which chords are common in bebop", "dropped by QMD"),
     ):
-        assert mended(query, (kind, text)) == ([(kind, text)], [])
+        assert repaired(query, (kind, text)) == ([(kind, text)], [])
         assert remaining(query, [(kind, text)])[0] == fault
 
 
@@ -99,7 +99,7 @@ def faulty(path):
     )
 
 
-def test_without_fix_it_only_reports(script, tmp_path):
+def test_without_fix_nothing_is_written(script, tmp_path):
     path = faulty(tmp_path / "rows.jsonl")
     before = path.read_bytes()
     code, out = script("clean_data", path)
@@ -108,14 +108,14 @@ def test_without_fix_it_only_reports(script, tmp_path):
         f"{path}:2: repeats the query: jazz piano",
         "- lex: jazz piano",
         f"{path}:3: query of an earlier row: AUTH config",
-        "to mend: 1 x repeats the query",
-        "to mend: 1 x query of an earlier row",
-        "2 rows with a query of their own",
+        "to repair: 1 x repeats the query",
+        "to repair: 1 x query of an earlier row",
+        "2 rows with different queries",
     ]
 
 
 @pytest.mark.parametrize("in_place", [False, True])
-def test_fix_writes_where_it_is_told(in_place, script, tmp_path):
+def test_fix_writes_a_new_file_or_in_place(in_place, script, tmp_path):
     path, other = faulty(tmp_path / "rows.jsonl"), tmp_path / "clean.jsonl"
     before = path.read_bytes()
     code, _ = script("clean_data", path, "--fix", *(["--in-place"] if in_place else ["-o", other]))
@@ -130,13 +130,13 @@ def test_fix_writes_where_it_is_told(in_place, script, tmp_path):
 
 
 @pytest.mark.parametrize("options", [["--fix"], ["-o", "x"], ["--in-place"]])
-def test_it_must_be_told_twice(options, script, rows):
+def test_fix_needs_a_place_to_write(options, script, rows):
     with pytest.raises(SystemExit):
         script("clean_data", rows, *options)
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_row_of_any_format_is_mended_into_the_canonical_one(name, script, tmp_path):
+def test_a_repaired_row_of_any_format_is_canonical(name, script, tmp_path):
     text = json.dumps(FORMATS[name]).replace("auth settings", "auth config")
     path = jsonl(tmp_path / "rows.jsonl", text)
     script("clean_data", path, "--fix", "--in-place")

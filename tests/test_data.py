@@ -1,4 +1,4 @@
-"""The rows in data/: what the project asks of them, and that their card tells the truth."""
+"""The rows in data/: scores, form and balance, and that the figures of the data card are theirs."""
 
 from collections import Counter
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dataset.analyze_data import in_other_language
-from dataset.clean_data import mend, remaining
+from dataset.clean_data import remaining, repair
 from dataset.score_data import score
 from expander.nearness import near_duplicates
 from expander.queries import base_query, normal_query
@@ -21,23 +21,23 @@ def examples():
     return read_files([DATA])
 
 
-def test_every_row_is_good_by_the_rubric_and_kept_by_qmd(examples):
+def test_every_row_scores_well_and_qmd_keeps_its_lines(examples):
     scores = [score(example) for example in examples]
     assert len(examples) >= 800 and len({normal_query(e.query) for e in examples}) == len(examples)
     assert sum(x for x, _ in scores) / len(scores) >= 93
     assert min(x for x, _ in scores) >= 80 and not any(dropped for _, dropped in scores)
 
 
-def test_every_row_has_the_form_it_should(examples):
+def test_every_row_has_the_right_form(examples):
     for example in examples:
-        assert mend(example)[1] == [] == remaining(example.query, example.lines), example.source
+        assert repair(example)[1] == [] == remaining(example.query, example.lines), example.source
         kinds = Counter(kind for kind, _ in example.lines)
         assert kinds["hyde"] <= 1 and kinds["lex"] <= 3 and kinds["vec"] <= 3, example.source
         assert example.is_only or len(kinds) == 3, example.source
         assert all(50 <= len(x) <= 200 for kind, x in example.lines if kind == "hyde")
 
 
-def test_the_balance(examples):
+def test_the_set_is_balanced(examples):
     short = sum(len(base_query(e.query).split()) <= 2 for e in examples) / len(examples)
     foreign = [e for e in examples if e.language not in (None, "en")]
     assert 0.15 <= short <= 0.25 and sum(e.is_only for e in examples) / len(examples) <= 0.10
@@ -46,10 +46,10 @@ def test_the_balance(examples):
     assert len(list(near_duplicates(e.query for e in examples))) <= 5
 
 
-def test_the_card_has_the_figures_of_the_tools(script, monkeypatch):
+def test_the_card_has_the_figures_of_the_scripts(script, monkeypatch):
     monkeypatch.chdir(ROOT)
     card = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     assert script("score_data", "--worst", "0")[1].strip("\n") in card
-    told = [line for line in script("analyze_data", "--top", "0")[1].splitlines() if line]
-    figures = [x for x in told if not x.startswith("  ") or x.startswith("  labelled other")]
+    printed = [line for line in script("analyze_data", "--top", "0")[1].splitlines() if line]
+    figures = [x for x in printed if not x.startswith("  ") or x.startswith("  labelled as")]
     assert len(figures) >= 10 and all(line in card for line in figures[1:])

@@ -1,4 +1,4 @@
-"""What the scripts of dataset/ share: how they start, and files that are not as they should be."""
+"""Common to the scripts of dataset/: how they start, and how they handle broken files."""
 
 import json
 import subprocess
@@ -24,10 +24,10 @@ READERS = [
 ]
 WRITERS = {"prepare_data": "prepared", "generate_only_variants": "only.jsonl"}
 GOOD = json.dumps(row("auth config"), ensure_ascii=False).encode()
-# name: bytes, line and reason of what is broken
+# name: bytes, and the line and reason of the error
 BROKEN = {
-    "empty": (b"", "there are no rows in it"),
-    "blank": (b"\n \n", "there are no rows in it"),
+    "empty": (b"", "contains no rows"),
+    "blank": (b"\n \n", "contains no rows"),
     "null row": (GOOD + b"\nnull\n", ":2: a row is an object, found NoneType"),
     "null query": (GOOD + b'\n{"query": null, "output": [["lex", "a"]]}', ":2: the query is None"),
     "wrong type": (GOOD + b'\n{"query": "a", "output": 7}', ":2: no known format"),
@@ -49,7 +49,7 @@ def output(name: str, folder: Path) -> list[str | Path]:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_it_starts_as_a_file_and_as_a_module(name, run, tmp_path):
-    # Another package of the same name where the user stands must not be taken for ours.
+    # A package of the same name in the user's folder must not be imported instead of ours.
     decoy = tmp_path / "dataset" / f"{name}.py"
     decoy.parent.mkdir()
     decoy.write_text("raise SystemExit('the wrong one')")
@@ -60,11 +60,11 @@ def test_it_starts_as_a_file_and_as_a_module(name, run, tmp_path):
     assert as_file.stdout == as_module.stdout and f"usage: {name}.py" in as_file.stdout
 
 
-def test_the_readers_are_scripts():
+def test_every_reader_is_a_script():
     assert set(READERS) <= set(SCRIPTS)
 
 
-def test_arguments_folder_and_exit_code_survive_the_restart(run, tmp_path):
+def test_paths_are_relative_to_the_users_folder_and_errors_set_the_exit_code(run, tmp_path):
     jsonl(tmp_path / "my rows.jsonl", b"{")
     done = run(["dataset/validate_schema.py", "my rows.jsonl"], cwd=tmp_path)
     assert done.returncode == 1 and done.stdout.startswith("my rows.jsonl:1: not valid JSON")
@@ -75,7 +75,7 @@ def test_arguments_folder_and_exit_code_survive_the_restart(run, tmp_path):
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_broken_file_is_told_with_its_place(case, name, script, tmp_path):
+def test_a_broken_file_is_reported_with_its_location(case, name, script, tmp_path):
     path = tmp_path / "rows.jsonl"
     data, reason = BROKEN[case]
     path.write_bytes(data)
@@ -91,11 +91,11 @@ def test_a_broken_file_is_told_with_its_place(case, name, script, tmp_path):
 
 @pytest.mark.parametrize("name", READERS)
 @pytest.mark.parametrize("case", READABLE)
-def test_what_other_systems_write_is_read(case, name, script, tmp_path):
+def test_files_of_other_systems_are_read(case, name, script, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(READABLE[case])
     code, _ = script(name, path, *output(name, tmp_path))
-    # The rows of this file have faults that clean_data.py finds.
+    # clean_data.py finds faults in the rows of this file.
     assert code == (name == "clean_data")
 
 
@@ -103,12 +103,12 @@ def test_what_other_systems_write_is_read(case, name, script, tmp_path):
 def test_every_format_is_read(name, script, tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", *FORMATS.values())
     code, out = script(name, path, *output(name, tmp_path))
-    told = {
-        "validate_schema": f"in all: {len(FORMATS)} good rows, 0 bad",
+    expected = {
+        "validate_schema": f"total: {len(FORMATS)} good rows, 0 bad",
         "score_data": "lines QMD drops",
         "analyze_data": f"{len(FORMATS)} rows",
         "clean_data": f"{len(FORMATS) - 1} x query of an earlier row",
         "prepare_data": f"{len(FORMATS)} rows read, {len(FORMATS) - 1} duplicate queries",
         "generate_only_variants": "only.jsonl: ",
     }
-    assert told[name] in out and code == (name == "clean_data")
+    assert expected[name] in out and code == (name == "clean_data")

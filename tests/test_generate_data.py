@@ -1,4 +1,4 @@
-"""dataset/generate_data.py against a loopback endpoint: nothing lost, nothing doubled, no key told."""
+"""dataset/generate_data.py with a loopback endpoint: nothing lost or repeated, no key revealed."""
 
 import asyncio
 import contextlib
@@ -18,7 +18,7 @@ from fake_endpoint import Act, Behave, ChatEndpoint
 
 from dataset import endpoint, generate_data
 from dataset.endpoint import NoReply, Reply
-from dataset.journal import append, heal
+from dataset.journal import append, repair
 from expander import cli
 from expander.rows import load_rows
 
@@ -27,7 +27,7 @@ KEY = "sk-loopback-0123456789"
 ANIMALS = "walrus badger heron otter".split()
 THINGS = "ladder kettle fiddle hammer blanket".split()
 QUERIES = [f"{animal} {thing}" for animal in ANIMALS for thing in THINGS]  # 20
-PATIENCE = 120  # seconds for what takes a moment on an idle machine
+PATIENCE = 120  # seconds; an idle machine needs a moment
 
 
 def good(query: str) -> str:
@@ -67,7 +67,7 @@ def short_waits(monkeypatch):
 
 @pytest.fixture
 def generate(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """`generate(server, *flags)`: the command on queries.txt → rows.jsonl; (exit code, all it said)."""
+    """`generate(server, *flags)`: the command on queries.txt → rows.jsonl; (exit code, its output)."""
 
     def generate(server: ChatEndpoint, *flags: str, queries: list[str] | None = None):
         if queries is not None:
@@ -96,7 +96,7 @@ def queries(path: Path) -> list[str]:
 
 def test_good_answers_become_rows(generate, tmp_path):
     with serving(well) as server:
-        code, said = generate(server, "--price", "3", "15", queries=QUERIES)
+        code, out = generate(server, "--price", "3", "15", queries=QUERIES)
     assert code == 0
     assert sorted(queries(tmp_path / "rows.jsonl")) == sorted(QUERIES)
     assert [kind for kind, _ in lines(tmp_path / "rows.jsonl")[0]["output"]] == (
@@ -105,20 +105,23 @@ def test_good_answers_become_rows(generate, tmp_path):
     assert len(load_rows(str(tmp_path / "rows.jsonl")).train) == 20
     assert not (tmp_path / "rows.jsonl.rejects").exists()
     # 20 answers of 100 and 50 tokens: 2000 * 3 / 1e6 + 1000 * 15 / 1e6.
-    assert "kept 20, rejected 0, no answer for 0, 0 requests repeated" in said
-    assert "tokens: 2,000 in, 1,000 out, cost 0.0210" in said
+    assert "kept 20, rejected 0, no answer for 0, 0 requests repeated" in out
+    assert "tokens: 2,000 in, 1,000 out, cost 0.0210" in out
 
 
 BAD = {
     "walrus ladder": (Act("Sure! Here you are."), "does not start with hyde:, lex: or vec:"),
     "walrus kettle": (Act(""), "the expansion has no lines"),
     "walrus fiddle": (Act(None), "the expansion has no lines"),
-    "walrus hammer": (Act(good("walrus hammer"), cut_off=True), "cut off at the endpoint's limit"),
+    "walrus hammer": (
+        Act(good("walrus hammer"), cut_off=True),
+        "truncated at the endpoint's token limit",
+    ),
     "walrus blanket": (Act("lex: walrus blanket\nvec: a walrus"), "score under 80: "),
     "badger ladder": (Act("lex: trees\nvec: how tall do trees grow"), "QMD would drop every line"),
     "badger kettle": (Act('{"hyde": "badger"}'), "does not start with"),
     "badger fiddle": (Act("hyde: a badger\nhyde: a fiddle\nlex: badger"), "more than one hyde"),
-    "badger hammer": (Act("lex: badger \ud83d"), "half of a surrogate pair"),
+    "badger hammer": (Act("lex: badger \ud83d"), "unpaired surrogate"),
 }
 
 
@@ -127,11 +130,11 @@ def test_bad_answers_are_rejected_with_the_reason_and_not_asked_again(generate, 
         return BAD[query][0] if query in BAD else Act(good(query))
 
     with serving(behave) as server:
-        code, said = generate(server, queries=QUERIES[:12])
+        code, out = generate(server, queries=QUERIES[:12])
         assert (code, len(server.asked)) == (0, 12)
-        again, said_again = generate(server)
+        again, output_again = generate(server)
         assert (again, len(server.asked)) == (0, 12)
-    assert "kept 3, rejected 9" in said and "12 done before" in said_again
+    assert "kept 3, rejected 9" in out and "12 done earlier" in output_again
     assert sorted(queries(tmp_path / "rows.jsonl")) == sorted(set(QUERIES[:12]) - set(BAD))
     rejects = {row["query"]: row for row in lines(tmp_path / "rows.jsonl.rejects")}
     assert rejects.keys() == BAD.keys()
@@ -140,17 +143,17 @@ def test_bad_answers_are_rejected_with_the_reason_and_not_asked_again(generate, 
         assert rejects[query]["answer"] == (act.text or "")
 
 
-def test_lines_that_qmd_would_drop_are_left_out(generate, tmp_path):
+def test_lines_that_qmd_would_drop_are_removed(generate, tmp_path):
     def behave(query, nth, headers):
         return Act(f"```text\n{good(query)}\nvec: What does nobody here ask for?\n```")
 
     with serving(behave) as server:
-        code, said = generate(server, queries=QUERIES[:2])
-    assert code == 0 and "2 lines that QMD would drop" in said
+        code, out = generate(server, queries=QUERIES[:2])
+    assert code == 0 and "2 lines that QMD would drop" in out
     assert all(len(row["output"]) == 5 for row in lines(tmp_path / "rows.jsonl"))
 
 
-PASSING = {
+TRANSIENT = {
     "500": Act(status=500, body="{}"),
     "529": Act(status=529, body="overloaded"),
     "429": Act(status=429, body="{}", headers={"Retry-After": "0.02"}),
@@ -161,19 +164,19 @@ PASSING = {
 }
 
 
-@pytest.mark.parametrize("act", PASSING.values(), ids=PASSING)
-def test_what_passes_is_asked_again(act, generate, tmp_path):
+@pytest.mark.parametrize("act", TRANSIENT.values(), ids=TRANSIENT)
+def test_transient_errors_are_retried(act, generate, tmp_path):
     def behave(query, nth, headers):
         return act if nth == 1 and query in QUERIES[:3] else Act(good(query))
 
     with serving(behave) as server:
-        code, said = generate(server, queries=QUERIES[:8])
-    assert code == 0 and "kept 8, rejected 0, no answer for 0, 3 requests repeated" in said
+        code, out = generate(server, queries=QUERIES[:8])
+    assert code == 0 and "kept 8, rejected 0, no answer for 0, 3 requests repeated" in out
     assert sorted(queries(tmp_path / "rows.jsonl")) == sorted(QUERIES[:8])
     assert server.times == {query: 1 + (query in QUERIES[:3]) for query in QUERIES[:8]}
 
 
-def test_a_slow_answer_is_not_waited_for(generate, tmp_path):
+def test_a_slow_answer_times_out_and_is_retried(generate, tmp_path):
     over = threading.Event()
 
     def behave(query, nth, headers):
@@ -182,19 +185,19 @@ def test_a_slow_answer_is_not_waited_for(generate, tmp_path):
         return Act(good(query))
 
     with serving(behave) as server:
-        code, _ = generate(server, "--timeout", "1.5", queries=QUERIES[:4])
+        code, _ = generate(server, "--timeout", "0.7", queries=QUERIES[:4])
         over.set()
     assert code == 0 and server.times[QUERIES[0]] >= 2
     assert sorted(queries(tmp_path / "rows.jsonl")) == sorted(QUERIES[:4])
 
 
-def test_nobody_asks_while_the_endpoint_wants_a_pause():
+def test_no_request_is_sent_while_the_endpoint_wants_a_pause():
     refused = []
 
     async def send(text: str) -> Reply:
         if not refused:
             refused.append(time.monotonic())
-            raise NoReply("status 429", again=True, after=0.3)
+            raise NoReply("status 429", retry=True, after=0.3)
         return Reply(str(time.monotonic() - refused[0]), False, 0, 0)
 
     async def two_at_once() -> list[Reply]:
@@ -207,7 +210,7 @@ def test_nobody_asks_while_the_endpoint_wants_a_pause():
     assert all(float(reply.text) >= 0.3 for reply in asyncio.run(two_at_once()))
 
 
-def test_requests_at_once_are_bounded(generate):
+def test_parallel_limits_the_requests_at_once(generate):
     together = threading.Barrier(3)
 
     def behave(query, nth, headers):
@@ -221,7 +224,7 @@ def test_requests_at_once_are_bounded(generate):
 
 
 @pytest.mark.parametrize("retries", [0, 2])
-def test_an_endpoint_that_dies_half_way(retries, generate, tmp_path):
+def test_the_same_command_continues_after_the_endpoint_died(retries, generate, tmp_path):
     alive = True
 
     def behave(query, nth, headers):
@@ -230,11 +233,11 @@ def test_an_endpoint_that_dies_half_way(retries, generate, tmp_path):
         return Act(good(query)) if alive else Act(status=503, body="{}")
 
     with serving(behave) as server:
-        code, said = generate(server, "--retries", str(retries), queries=QUERIES)
+        code, out = generate(server, "--retries", str(retries), queries=QUERIES)
     kept = queries(tmp_path / "rows.jsonl")
     assert code == 2 and len(kept) == server.answered >= 9
-    assert "without an answer (the last: status 503: {}); the same command asks" in said
-    # It gave up after three queries, and those under way: it did not try all of the others.
+    assert "without an answer (last error: status 503: {}); run the same command" in out
+    # It gave up after three queries and those in progress, without trying all the others.
     assert len(server.asked) <= server.answered + 7 * (retries + 1)
 
     with serving(well) as server:
@@ -244,13 +247,13 @@ def test_an_endpoint_that_dies_half_way(retries, generate, tmp_path):
     assert queries(tmp_path / "rows.jsonl")[: len(kept)] == kept
 
 
-def test_one_query_that_never_gets_an_answer_does_not_hold_up_the_rest(generate, tmp_path):
+def test_a_query_without_an_answer_does_not_stop_the_others(generate, tmp_path):
     def behave(query, nth, headers):
         return Act(status=400, body="no") if query == QUERIES[0] else Act(good(query))
 
     with serving(behave) as server:
-        code, said = generate(server, queries=QUERIES[:10])
-    assert code == 2 and "1 without an answer (the last: status 400: no)" in said
+        code, out = generate(server, queries=QUERIES[:10])
+    assert code == 2 and "1 queries without an answer (last error: status 400: no)" in out
     assert sorted(queries(tmp_path / "rows.jsonl")) == sorted(QUERIES[1:10])
     assert server.times[QUERIES[0]] == 1  # a refusal is not repeated
 
@@ -291,18 +294,18 @@ def wait_for_rows(path: Path, count: int) -> None:
         time.sleep(0.01)
 
 
-def test_ctrl_c_waits_for_the_answers_under_way(generate, tmp_path):
+def test_ctrl_c_waits_for_pending_answers(generate, tmp_path):
     path = tmp_path / "rows.jsonl"
     with holding(after=8) as (server, release):
         process = start(server, tmp_path, "--parallel", "4")
         wait_for_rows(path, 8)
         process.send_signal(signal.SIGINT)
-        assert "waiting for the answers under way" in process.stderr.readline()
+        assert "waiting for pending answers" in process.stderr.readline()
         release.set()
         out, err = process.communicate(timeout=PATIENCE)
-        # Every answer that was paid for is a row.
+        # Every paid answer is a row.
         assert len(queries(path)) == len(server.asked) <= 12
-        assert (process.returncode, err) == (130, "stopped; the same command goes on\n")
+        assert (process.returncode, err) == (130, "stopped; run the same command to continue\n")
         assert f"kept {len(server.asked)}, rejected 0" in out
 
         assert generate(server)[0] == 0
@@ -310,18 +313,18 @@ def test_ctrl_c_waits_for_the_answers_under_way(generate, tmp_path):
     assert sorted(queries(path)) == sorted(QUERIES)
 
 
-def test_a_second_ctrl_c_waits_for_nothing(tmp_path):
+def test_a_second_ctrl_c_stops_at_once(tmp_path):
     with holding(after=4) as (server, _):
         process = start(server, tmp_path)
         wait_for_rows(tmp_path / "rows.jsonl", 4)
         process.send_signal(signal.SIGINT)
-        assert "waiting for the answers under way" in process.stderr.readline()
+        assert "waiting for pending answers" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=PATIENCE / 2)  # the endpoint is still holding
     assert (process.returncode, out, err) == (130, "", "")
 
 
-def test_a_kill_in_the_middle_of_a_line(generate, tmp_path):
+def test_a_run_killed_in_the_middle_of_a_line_is_continued(generate, tmp_path):
     path = tmp_path / "rows.jsonl"
     with holding(after=9) as (server, release):
         process = start(server, tmp_path)
@@ -331,9 +334,9 @@ def test_a_kill_in_the_middle_of_a_line(generate, tmp_path):
         release.set()
         whole = path.read_bytes()
         path.write_bytes(whole[:-40])
-        code, said = generate(server)
-    assert code == 0 and "its last line was cut off and is taken away" in said
-    assert f"{len(whole.splitlines()) - 1} done before" in said
+        code, out = generate(server)
+    assert code == 0 and "removed an incomplete last line" in out
+    assert f"{len(whole.splitlines()) - 1} done earlier" in out
     assert sorted(queries(path)) == sorted(QUERIES)
 
 
@@ -348,28 +351,28 @@ def test_a_kill_in_the_middle_of_a_line(generate, tmp_path):
         ('{"a": 1}\n{"é'.encode()[:-1], b'{"a": 1}\n'),
     ],
 )
-def test_healing_a_last_line(before, after, tmp_path):
+def test_an_incomplete_last_line_is_removed(before, after, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_bytes(before)
-    heal(path)
+    repair(path)
     assert path.read_bytes() == after
     append(path, {"b": "é\ud83d"})
     assert path.read_bytes() == after + '{"b": "é\\ud83d"}\n'.encode()
 
 
-def test_two_runs_do_not_write_to_one_file(generate, tmp_path):
+def test_two_runs_cannot_write_to_one_file(generate, tmp_path):
     with serving(well) as server, (tmp_path / "rows.jsonl").open("ab") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        code, said = generate(server, queries=QUERIES)
+        code, out = generate(server, queries=QUERIES)
     assert (code, server.asked) == (2, [])
-    assert said == f"error: {tmp_path / 'rows.jsonl'}: another run is adding rows to it\n"
+    assert out == f"error: {tmp_path / 'rows.jsonl'}: another run is writing to it\n"
 
 
 def everything(folder: Path) -> bytes:
     return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
 
 
-def test_the_key_is_sent_and_told_to_nobody(generate, tmp_path, monkeypatch):
+def test_the_key_is_sent_but_never_saved_or_printed(generate, tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n")
 
     def behave(query, nth, headers):
@@ -381,18 +384,21 @@ def test_the_key_is_sent_and_told_to_nobody(generate, tmp_path, monkeypatch):
         return Act(status=401, body=json.dumps({"error": f"wrong key: {KEY}"}))
 
     with serving(behave) as server:
-        code, said = generate(server, queries=QUERIES[:9])
-    assert code == 2 and 'status 401: {"error": "wrong key: [key]"}' in said
-    assert KEY not in said and KEY.encode() not in everything(tmp_path)
+        code, out = generate(server, queries=QUERIES[:9])
+    assert code == 2 and 'status 401: {"error": "wrong key: [key]"}' in out
+    assert KEY not in out and KEY.encode() not in everything(tmp_path)
     assert b"your key is [key]" in (tmp_path / "rows.jsonl.rejects").read_bytes()
     assert b"opens with [key]" in (tmp_path / "rows.jsonl").read_bytes()
 
 
-def test_a_key_with_a_strange_character_is_not_told_either(generate, monkeypatch):
+def test_a_malformed_key_is_rejected_without_printing_it(generate, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", f"{KEY}\n{KEY}")
     with serving(well) as server:
-        code, said = generate(server, queries=QUERIES)
-    assert (code, said) == (2, "error: OPENAI_API_KEY holds a character that no key has\n")
+        code, out = generate(server, queries=QUERIES)
+    assert (code, out) == (
+        2,
+        "error: OPENAI_API_KEY contains a character that is not allowed in a key\n",
+    )
     assert server.asked == []
 
 
@@ -406,21 +412,21 @@ def test_a_local_endpoint_needs_no_key_and_gets_the_options(generate):
 def test_duplicates_and_evaluation_queries_are_not_asked(generate, tmp_path):
     asked = ["walrus ladder", "Walrus  LADDER", "kafka consumer group rebalance static memberships"]
     with serving(well) as server:
-        code, said = generate(server, queries=asked)
+        code, out = generate(server, queries=asked)
         assert generate(server)[0] == 0
-    assert code == 0 and "kept 1, rejected 1" in said and "1 duplicate queries" in said
+    assert code == 0 and "kept 1, rejected 1" in out and "1 duplicate queries" in out
     assert server.times == {"walrus ladder": 1}
     assert lines(tmp_path / "rows.jsonl.rejects") == [
         {
             "query": "kafka consumer group rebalance static memberships",
-            "reason": "near the evaluation query "
+            "reason": "nearly repeats the evaluation query "
             "'kafka consumer group rebalance static membership'",
             "answer": "",
         }
     ]
 
 
-def test_rows_as_input_keep_their_category(generate, tmp_path):
+def test_rows_as_source_keep_their_category(generate, tmp_path):
     source = tmp_path / "source.jsonl"
     source.write_text(
         '{"query": "walrus ladder", "category": "short"}\n'
@@ -429,13 +435,13 @@ def test_rows_as_input_keep_their_category(generate, tmp_path):
     with serving(well) as server:
         assert generate(server, "--queries", str(source))[0] == 0
         source.write_text('{"query": "walrus ladder"}\n{"query": null}\n')
-        code, said = generate(server, "--queries", str(source))
+        code, out = generate(server, "--queries", str(source))
     found = {row["query"]: row.get("category") for row in lines(tmp_path / "rows.jsonl")}
     assert found == {"walrus ladder": "short", "otter kettle": None}
-    assert code == 2 and said.startswith(f"error: {source}:2: no known format")
+    assert code == 2 and out.startswith(f"error: {source}:2: no known format")
 
 
-def test_topics_are_turned_into_queries_once(generate, tmp_path):
+def test_each_topic_is_turned_into_queries_once(generate, tmp_path):
     (tmp_path / "topics.txt").write_text("tools\nanimals\nTools\n")
     flags = ("--topics", str(tmp_path / "topics.txt"), "--per-topic", "4")
 
@@ -447,9 +453,9 @@ def test_topics_are_turned_into_queries_once(generate, tmp_path):
         return Act(good(asked))
 
     with serving(behave) as server:
-        code, said = generate(server, *flags)
-        assert code == 2 and "1 without an answer" in said
-        code, said = generate(server, *flags)
+        code, out = generate(server, *flags)
+        assert code == 2 and "1 queries without an answer" in out
+        code, out = generate(server, *flags)
         assert code == 0 and generate(server, *flags)[0] == 0
     assert server.times == {
         "tools": 1,
@@ -465,7 +471,7 @@ def test_topics_are_turned_into_queries_once(generate, tmp_path):
 
 def test_the_anthropic_api(generate, tmp_path, monkeypatch):
     monkeypatch.setenv("ANTHROPIC_API_KEY", KEY)
-    once = dict(zip(QUERIES, PASSING.values(), strict=False))
+    once = dict(zip(QUERIES, TRANSIENT.values(), strict=False))
 
     def behave(query, nth, headers):
         assert headers["authorization"] == f"Bearer {KEY}"
@@ -477,53 +483,53 @@ def test_the_anthropic_api(generate, tmp_path, monkeypatch):
 
     with serving(behave) as server:
         flags = ("--api", "anthropic", "--url", server.url, "--options", '{"temperature": 0.5}')
-        code, said = generate(server, *flags, queries=[*once, QUERIES[10], QUERIES[11]])
-    assert code == 2 and "wrong key: [key]" in said and "Traceback" not in said
-    assert f"kept {len(once)}, rejected 1, no answer for 1, {len(once)} requests repeated" in said
-    assert f"tokens: {100 * len(once) + 100} in, {50 * len(once) + 50} out" in said
+        code, out = generate(server, *flags, queries=[*once, QUERIES[10], QUERIES[11]])
+    assert code == 2 and "wrong key: [key]" in out and "Traceback" not in out
+    assert f"kept {len(once)}, rejected 1, no answer for 1, {len(once)} requests repeated" in out
+    assert f"tokens: {100 * len(once) + 100} in, {50 * len(once) + 50} out" in out
     assert sorted(queries(tmp_path / "rows.jsonl")) == sorted(once)
     assert (server.bodies[0]["model"], server.bodies[0]["temperature"]) == ("m", 0.5)
-    assert KEY not in said and KEY.encode() not in everything(tmp_path)
+    assert KEY not in out and KEY.encode() not in everything(tmp_path)
 
 
 def test_the_anthropic_api_needs_a_key_and_its_library(generate, monkeypatch):
     with serving(well) as server:
-        code, said = generate(server, "--api", "anthropic", queries=QUERIES)
-        assert code == 2 and said.startswith(
-            "error: --api anthropic needs a key: set ANTHROPIC_API"
-        )
+        code, out = generate(server, "--api", "anthropic", queries=QUERIES)
+        assert code == 2 and out.startswith("error: --api anthropic needs a key: set ANTHROPIC_API")
         monkeypatch.setitem(sys.modules, "anthropic", None)
-        code, said = generate(server, "--api", "anthropic")
+        code, out = generate(server, "--api", "anthropic")
     assert code == 2
-    assert said == "error: --api anthropic needs a library: pip install anthropic\n"
+    assert out == "error: --api anthropic needs its library: pip install anthropic\n"
 
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        (("--url", "localhost:8080"), "--url localhost:8080: not an address"),
-        (("--url", "http://[::1"), "--url http://[::1: not an address"),
-        (("--options", "[1]"), "--options is a JSON object"),
+        (("--url", "localhost:8080"), "--url localhost:8080: not a URL"),
+        (("--url", "http://[::1"), "--url http://[::1: not a URL"),
+        (("--options", "[1]"), "--options must be a JSON object"),
         (("--options", "{"), "invalid loads value"),
-        (("--parallel", "0"), "are above 0"),
+        (("--parallel", "0"), "must be above 0"),
         (("--queries", "nowhere.txt"), "nowhere.txt: cannot be read"),
     ],
 )
-def test_a_mistake_is_one_line_and_leaves_no_file(flags, expected, generate, tmp_path):
+def test_a_wrong_argument_is_reported_in_one_line_and_leaves_no_file(
+    flags, expected, generate, tmp_path
+):
     with serving(well) as server:
-        code, said = generate(server, *flags, queries=QUERIES)
-    assert code == 2 and expected in said and "Traceback" not in said
+        code, out = generate(server, *flags, queries=QUERIES)
+    assert code == 2 and expected in out and "Traceback" not in out
     assert server.asked == [] and not (tmp_path / "rows.jsonl").exists()
 
 
-def test_an_endpoint_that_is_not_there(generate):
+def test_an_unreachable_endpoint_is_reported(generate):
     with serving(well) as server:
         url = server.url
-    code, said = generate(server, "--url", url, "--retries", "1", queries=QUERIES)
-    assert code == 2 and f"{url}/chat/completions: " in said and "Traceback" not in said
+    code, out = generate(server, "--url", url, "--retries", "1", queries=QUERIES)
+    assert code == 2 and f"{url}/chat/completions: " in out and "Traceback" not in out
 
 
-def test_retry_after_as_a_date():
+def test_retry_after_may_be_a_date():
     later = formatdate(time.time() + 30, usegmt=True)
     assert 28 <= endpoint.seconds_to_wait(later) <= 31
     assert endpoint.seconds_to_wait(formatdate(0, usegmt=True)) == 0

@@ -1,4 +1,4 @@
-"""dataset/generate_data_offline.py and dataset/rules.py: rows out of questions, titles and passages."""
+"""dataset/generate_data_offline.py and dataset/rules.py: rows from questions, titles and passages."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def squad(question: str, passage: str, answers: list[str]) -> dict:
 
 @pytest.fixture
 def generate(tmp_path, monkeypatch, capsys) -> Callable[..., tuple[int, str]]:
-    """`generate(rows, *flags)`: the command on rows → out.jsonl; (exit code, all it said)."""
+    """`generate(rows, *flags)`: the command on rows → out.jsonl; (exit code, its output)."""
 
     def generate(rows: list, *flags: str, output: str = "out.jsonl") -> tuple[int, str]:
         source = tmp_path / "source.jsonl"
@@ -60,7 +60,7 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_a_question_becomes_a_row():
-    row = make_row(*ROWS[0], least=80).example
+    row = make_row(*ROWS[0], min_score=80).example
     assert row.query == "discovered radium pitchblende"
     assert row.lines == (
         (
@@ -75,7 +75,7 @@ def test_a_question_becomes_a_row():
 
 
 def test_a_title_becomes_a_row():
-    row = make_row("Radium", RADIUM, [], least=80).example
+    row = make_row("Radium", RADIUM, [], min_score=80).example
     assert (row.query, row.lines[1]) == ("Radium", ("lex", "Radium Marie Curie"))
     assert row.lines[-1] == ("vec", "Radium is a chemical element with the symbol Ra.") or (
         ("vec", "Radium is a chemical element with the symbol Ra.") in row.lines
@@ -83,9 +83,9 @@ def test_a_title_becomes_a_row():
 
 
 def test_every_row_passes_the_rubric_and_qmds_filter(generate, tmp_path):
-    code, said = generate([squad(*row) for row in ROWS])
-    assert code == 0 and "out.jsonl: 4 rows, mean score" in said
-    assert "4 rows read; question, passage, answer: question, context, answers.text" in said
+    code, out = generate([squad(*row) for row in ROWS])
+    assert code == 0 and "out.jsonl: 4 rows, mean score" in out
+    assert "4 rows read; question, passage, answer: question, context, answers.text" in out
     loaded = load_rows(str(tmp_path / "out.jsonl")).train
     for example in loaded:
         text = render_lines(example.lines)
@@ -100,14 +100,14 @@ def test_every_row_passes_the_rubric_and_qmds_filter(generate, tmp_path):
         assert all(entity in kept for entity in score["entities_detected"])
 
 
-def test_the_same_rows_every_time(generate, tmp_path):
+def test_the_result_is_deterministic(generate, tmp_path):
     rows = [squad(*row) for row in ROWS]
     assert generate(rows, output="one.jsonl")[0] == generate(rows, output="two.jsonl")[0] == 0
     assert (tmp_path / "one.jsonl").read_bytes() == (tmp_path / "two.jsonl").read_bytes()
 
 
-def test_what_is_dropped_is_counted_by_reason(generate, tmp_path):
-    code, said = generate(
+def test_dropped_rows_are_counted_by_reason(generate, tmp_path):
+    code, out = generate(
         [
             *(squad(*row) for row in ROWS[:2]),
             squad("who discovered Radium in  pitchblende", RADIUM, ["Marie Curie"]),
@@ -117,51 +117,51 @@ def test_what_is_dropped_is_counted_by_reason(generate, tmp_path):
             squad("", RADIUM, ["1898"]),
         ]
     )
-    assert code == 0 and "7 rows read" in said and "out.jsonl: 2 rows" in said
-    assert "2 dropped: no text in a column" in said
-    assert "1 dropped: a question without keywords, or with more than 8" in said
-    assert "1 dropped: its query or its hyde sentence is another row's" in said
-    # Its answer stands in "It was built …", which says nothing by itself.
-    assert "1 dropped: no sentence of 50-200 characters that states a fact by itself" in said
+    assert code == 0 and "7 rows read" in out and "out.jsonl: 2 rows" in out
+    assert "2 dropped: no text in a column" in out
+    assert "1 dropped: the question has no keywords or more than 8" in out
+    assert "1 dropped: another row has its query or its hyde line" in out
+    # Its answer is in "It was built …", which does not make sense alone.
+    assert "1 dropped: no sentence of 50-200 characters that states a fact" in out
 
 
-def test_the_least_score_is_the_users(generate):
+def test_min_score_decides_which_rows_are_kept(generate):
     row = ("Where was radium paint invented by Sabin von Sochocky?", RADIUM, ["New Jersey"])
-    reached = make_row(*row, least=0).score
-    assert make_row(*row, least=reached).example
-    missed = make_row(*row, least=reached + 0.5)
+    reached = make_row(*row, min_score=0).score
+    assert make_row(*row, min_score=reached).example
+    missed = make_row(*row, min_score=reached + 0.5)
     assert missed.example is None and missed.reason.startswith("score under ")
-    code, said = generate([squad(*ROWS[0])], "--min-score", "100.5")
-    assert code == 2 and "none of 1 rows can be used: {'score under 100.5': 1}" in said
+    code, out = generate([squad(*ROWS[0])], "--min-score", "100.5")
+    assert code == 2 and "none of 1 rows can be used: {'score under 100.5': 1}" in out
 
 
-def test_no_row_is_an_evaluation_query(generate):
+def test_evaluation_queries_are_dropped(generate):
     passage = "Kafka 2.3 brought static membership, which spares a consumer group the rebalance."
     question = "What is Kafka consumer group rebalance static membership?"
-    code, said = generate([squad(question, passage, ["2.3"]), squad(*ROWS[0])])
-    assert code == 0 and "1 dropped: near an evaluation query" in said
+    code, out = generate([squad(question, passage, ["2.3"]), squad(*ROWS[0])])
+    assert code == 0 and "1 dropped: near an evaluation query" in out
 
 
 def test_columns_can_be_named(generate):
     rows = [{"id": 1, "ask": {"q": ROWS[0][0]}, "hits": [{"no": 1}, RADIUM], "query": None}]
     flags = ("--question", "ask.q", "--passage", "hits")
     assert generate(rows, *flags)[0] == 0
-    code, said = generate(rows, output="b.jsonl")
-    assert code == 2 and "no column for --question: tried ['question', 'query', 'title']" in said
-    code, said = generate(rows, *flags, "--answer", "nowhere", output="b.jsonl")
-    assert code == 2 and "no column for --answer: tried ['nowhere']" in said
+    code, out = generate(rows, output="b.jsonl")
+    assert code == 2 and "no column for --question: tried ['question', 'query', 'title']" in out
+    code, out = generate(rows, *flags, "--answer", "nowhere", output="b.jsonl")
+    assert code == 2 and "no column for --answer: tried ['nowhere']" in out
 
 
-def test_max_rows_come_from_all_over_the_set(generate, tmp_path):
+def test_max_rows_takes_a_sample_of_the_whole_set(generate, tmp_path):
     rows = [
         squad(f"Who discovered radium in mine {n}?", f"Mine {n}: {name} discovered radium in a "
               f"sample from mine {n} in the year {1900 + n}.", [name])
         for n, name in enumerate(["Ada", "Bob", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal"] * 5)
     ]  # fmt: skip
-    code, said = generate(rows, "--max-rows", "5")
-    assert code == 0, said
+    code, out = generate(rows, "--max-rows", "5")
+    assert code == 0, out
     found = [int(row["query"].split()[-1]) for row in lines(tmp_path / "out.jsonl")]
-    assert code == 0 and "out.jsonl: 5 rows" in said and len(found) == 5
+    assert code == 0 and "out.jsonl: 5 rows" in out and len(found) == 5
     assert max(found) >= 20 and found != sorted(found)
 
 
@@ -186,7 +186,7 @@ def test_paraphrase(question, clause):
     assert clause is None or found.endswith(f" {clause}")
 
 
-def test_sentences_end_where_they_end():
+def test_sentences_are_split_at_their_ends():
     text = (
         "Mr. A. B. Smith left at 5 p.m. It rained.\nA heading\n“No.” He said (twice.) Then 7 came."
     )
@@ -198,7 +198,7 @@ def test_sentences_end_where_they_end():
     ]
 
 
-def test_facts_stand_by_themselves():
+def test_facts_make_sense_alone():
     assert [x[:20] for x in facts(RADIUM, ["radium"], [])] == [
         "Marie Curie and her ",
         "The most stable isot",
@@ -209,7 +209,7 @@ def test_facts_stand_by_themselves():
     assert facts(RADIUM, ["uranium", "radon"], []) == []
 
 
-def test_lex_lines_keep_the_name_and_add_what_is_new():
+def test_lex_lines_keep_names_and_add_new_terms():
     assert lex_lines("tall Eiffel Tower opened", sentences(TOWER)[0]) == [
         '"Eiffel Tower" tall 312 metres',
         "Eiffel Tower 41 years",
@@ -220,7 +220,7 @@ def test_lex_lines_keep_the_name_and_add_what_is_new():
     ]
 
 
-def test_a_set_of_the_hub(run, hub, hub_root, tmp_path):
+def test_a_hub_data_set_is_downloaded(run, hub, hub_root, tmp_path):
     folder = hub_root / "datasets" / "nobody" / "answers"
     folder.mkdir(parents=True)
     (folder / "train.jsonl").write_text("".join(json.dumps(squad(*r)) + "\n" for r in ROWS))
@@ -228,11 +228,16 @@ def test_a_set_of_the_hub(run, hub, hub_root, tmp_path):
     done = run([script, "nobody/answers", "-o", "rows.jsonl"], cwd=tmp_path, env=hub)
     assert done.returncode == 0, done.stderr
     assert len(lines(tmp_path / "rows.jsonl")) == 4
-    again = run([script, "nobody/answers", "-o", "rows.jsonl"], cwd=tmp_path, env=hub)
-    assert again.returncode == 2 and "rows.jsonl already exists" in again.stderr
 
 
-def test_a_mistake_is_one_line(generate, tmp_path):
-    code, said = generate([squad(*ROWS[0]), ["no object"]])
-    assert code == 2 and said == f"error: {tmp_path / 'source.jsonl'}:2: not an object\n"
+def test_an_existing_file_is_not_overwritten(generate, tmp_path):
+    (tmp_path / "out.jsonl").write_text("mine")
+    code, out = generate([squad(*ROWS[0])])
+    assert code == 2 and "out.jsonl already exists" in out
+    assert (tmp_path / "out.jsonl").read_text() == "mine"
+
+
+def test_a_broken_source_is_reported_in_one_line(generate, tmp_path):
+    code, out = generate([squad(*ROWS[0]), ["no object"]])
+    assert code == 2 and out == f"error: {tmp_path / 'source.jsonl'}:2: not an object\n"
     assert not (tmp_path / "out.jsonl").exists()

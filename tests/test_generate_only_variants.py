@@ -1,4 +1,4 @@
-"""dataset/generate_only_variants.py: how many, which, and never one that exists."""
+"""dataset/generate_only_variants.py: how many variants, of which rows, and no existing ones."""
 
 import json
 
@@ -26,7 +26,7 @@ def full(query: str) -> dict:
 ROWS = [full(f"word{i} auth config") for i in range(40)]
 
 
-def test_a_share_of_the_full_rows_and_nothing_doubled():
+def test_a_share_of_the_full_rows_gets_one_new_variant():
     existing = [{"query": f"{r['query']} /only:lex", "output": r["output"][1:3]} for r in ROWS[:5]]
     examples = [parse_row(r) for r in [*ROWS, *existing]]
     made = make_variants(examples, 0.2, seed=1)
@@ -40,12 +40,12 @@ def test_a_share_of_the_full_rows_and_nothing_doubled():
     assert {only_mode(e.query)[1] for e in make_variants(examples, 1, 1)} == {"lex", "vec"}
 
 
-def test_none_is_made_that_scores_under_80():
+def test_variants_under_80_percent_are_skipped():
     poor = {"query": "AWS Lambda", "output": [["lex", "serverless"], ["vec", "functions"]]}
     assert make_variants([parse_row(poor)], 1, 0) == []
 
 
-def test_the_rows_are_written_once(script, tmp_path):
+def test_rows_are_written_and_the_file_is_not_overwritten(script, tmp_path):
     rows, more = jsonl(tmp_path / "rows.jsonl", *ROWS), tmp_path / "more.jsonl"
     code, out = script("generate_only_variants", rows, "--share", "0.5", "-o", more)
     made = [json.loads(line) for line in more.read_text().splitlines()]

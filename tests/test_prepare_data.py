@@ -1,4 +1,4 @@
-"""dataset/prepare_data.py: the same training rows as without it, no duplicates, no leaks."""
+"""dataset/prepare_data.py: the same training rows as from the source, no duplicates or leaks."""
 
 import json
 from dataclasses import replace
@@ -16,14 +16,14 @@ SPLITS = ("train.jsonl", "val.jsonl")
 
 
 def trained_on(name: str) -> tuple[list, list]:
-    """What `train.py sft` trains and validates on, places aside."""
+    """The training and validation rows of `train.py sft`, without their locations."""
     rows = read_rows(load_config("sft", None, [f"dataset.name={name}"])[0])
     return tuple([replace(e, source="") for e in side] for side in (rows.train, rows.validation))
 
 
-def test_training_on_the_folder_and_on_its_source_is_the_same(script, rows, tmp_path, monkeypatch):
+def test_training_on_the_folder_equals_training_on_its_source(script, rows, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # One of them is nearly an evaluation query, which training alone does not leave out.
+    # One row nearly repeats an evaluation query; training does not leave it out, prepare_data does.
     lines = [x for x in rows.read_bytes().splitlines() if b"sourdough starter" not in x]
     labelled = {**row("one"), "category": "short", "intent": "numbers", "language": "en"}
     jsonl(tmp_path / "data" / "a.jsonl", *lines[:10], labelled, row("ONE"), FORMATS["chat"])
@@ -38,7 +38,7 @@ def test_training_on_the_folder_and_on_its_source_is_the_same(script, rows, tmp_
     assert before == [(tmp_path / "data/train" / n).read_bytes() for n in (*SPLITS, "card.json")]
 
 
-def test_text_and_messages_are_what_training_sees(script, tmp_path):
+def test_text_and_messages_are_rendered_as_for_training(script, tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", FORMATS["input/output"])
     script("prepare_data", path, "-o", tmp_path / "out", "--eval-split", "0")
     [made] = map(json.loads, (tmp_path / "out" / "train.jsonl").read_text().splitlines())
@@ -53,7 +53,7 @@ def test_text_and_messages_are_what_training_sees(script, tmp_path):
     assert (tmp_path / "out" / "val.jsonl").read_text() == ""
 
 
-def test_evaluation_queries_and_near_copies_are_left_out_and_named(script, tmp_path):
+def test_near_copies_of_evaluation_queries_are_left_out_and_listed(script, tmp_path):
     leaks = ["NGINX upstream keepalive connection", "wifi password for the cabin? /only:vec"]
     kept = [f"harmless query number {i}" for i in range(20)]
     path = jsonl(tmp_path / "rows.jsonl", *map(row, [*leaks, *kept]))
@@ -66,15 +66,15 @@ def test_evaluation_queries_and_near_copies_are_left_out_and_named(script, tmp_p
     assert card["splits"]["train"]["rows"] + card["splits"]["val"]["rows"] == 20
 
 
-def test_mistakes_write_nothing(script, rows, tmp_path, capsys):
+def test_nothing_is_written_after_an_error(script, rows, tmp_path, capsys):
     with pytest.raises(SystemExit):
         script("prepare_data", rows, rows, "-o", tmp_path / "out")
-    assert "quote the glob" in capsys.readouterr().err
+    assert "quote a glob" in capsys.readouterr().err
     leak = jsonl(tmp_path / "leak.jsonl", row("cold brew ratio"))
     with pytest.raises(ValueError, match="no row is left to train on"):
         script("prepare_data", leak, "-o", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_prepared_is_not_committed():
+def test_the_prepared_folder_is_ignored_by_git():
     assert "/data/train/" in (ROOT / ".gitignore").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""dataset/score_data.py: hand-worked figures of two files, the histogram, the worst row."""
+"""dataset/score_data.py: figures worked by hand, the histogram, the worst row."""
 
 from test_rows import jsonl
 
@@ -16,7 +16,7 @@ def row(query: str, *lines: list[str]) -> dict:
     return {"query": query, "output": lines}
 
 
-def test_figures_by_file_and_over_all(script, tmp_path):
+def test_figures_per_file_and_in_total(script, tmp_path):
     # 130 of 140 and 110 of 120 points; without a vec line 75 of 120.
     good = jsonl(
         tmp_path / "good.jsonl", row("auth config", HYDE, LEX, VEC), row("auth config", LEX, VEC)
@@ -27,17 +27,17 @@ def test_figures_by_file_and_over_all(script, tmp_path):
     assert code == 0
     assert [str(good), "2", "92.3", "%", "91.7", "%", "0", "0"] in lines
     assert lines[3][:2] == ["all", "3"] and lines[3][-2:] == ["1", "1"]
-    # The line without a word of the query is one that QMD drops.
+    # QMD drops the line without a word of the query.
     assert f"{bad}:1: auth config" in out and "drops  lex: login options" in out
     assert out.count("Excellent") == 0
 
 
-def test_a_variant_is_judged_by_its_base_query(script, tmp_path):
+def test_a_variant_is_filtered_by_its_base_query(script, tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", row("auth config /only:lex", LEX, ["lex", "lexer flags"]))
     assert script("score_data", path, "--worst", "0")[1].splitlines()[1].split()[-1] == "1"
 
 
-def test_the_histogram_starts_at_the_least_and_ends_at_100():
+def test_the_histogram_starts_at_the_lowest_score_and_ends_at_100():
     bars = histogram([80, 84.9, 85, 99, 100])
     assert [bar.split() for bar in bars] == [
         ["80-85", "2", "#" * 50],
