@@ -23,27 +23,43 @@ class Interrupted(Exception):
         self.signum = signum
 
 
+def silence(name: str) -> None:
+    """Discard what is still written to stdout or stderr (`name`), such as a pipe without a reader."""
+    setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115, open until the end
+
+
+def tell(text: str) -> None:
+    """Print to stderr, if anybody still reads it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except OSError:
+        silence("stderr")
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command: user errors print one line with the fix and exit with 2, never a traceback."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rank = int(os.environ.get("MLX_RANK", "0"))  # set by mlx.launch
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="backslashreplace")  # an ASCII terminal must not end a run
     if rank:  # only rank 0 prints
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115, open until the end
+        silence("stdout")
     label = f"rank {rank}: error" if rank else "error"
     try:
         sys.exit(main() or 0)
     except Interrupted as stop:
         if not rank:
-            print(stop, file=sys.stderr)
+            tell(str(stop))
         sys.exit(128 + stop.signum)
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)
     except (ValueError, OSError) as error:
-        print(f"{label}: {error}", file=sys.stderr)
+        tell(f"{label}: {error}")
         sys.exit(2)
 
 

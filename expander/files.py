@@ -86,6 +86,26 @@ def save_arrays(path: Path, arrays: dict) -> None:
     atomic_write(path, write)
 
 
+def read_json(path: Path) -> dict:
+    """Read a JSON object.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, found {value!r:.60}")
+    return value
+
+
+def json_digest(value: object) -> str:
+    """SHA-256 of a value that JSON can hold, in hexadecimal."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def digest(path: Path) -> str:
     """The SHA-256 of a file, in hex."""
     with path.open("rb") as stream:

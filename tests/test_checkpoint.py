@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 
 
 def save(checkpoints: Checkpoints, step: int) -> Path:
-    arrays = {"adapters": {"a": mx.full((3, 4), step)}, "random": {"state": mx.array([step])}}
+    arrays = {"adapters": {"a": mx.full((3, 4), step)}, "optimizer": {"state": mx.array([step])}}
     return checkpoints.save(step, {"value": step / 2, "best": None}, arrays)
 
 
@@ -29,7 +29,7 @@ def latest(checkpoints: Checkpoints) -> tuple[int | None, list[str]]:
     if found is None:
         return None, warnings
     assert found.state == {"value": found.step / 2, "best": None}
-    assert set(found.arrays) == {"adapters", "random"}
+    assert set(found.arrays) == {"adapters", "optimizer"}
     assert mx.array_equal(found.arrays["adapters"]["a"], mx.full((3, 4), found.step))
     return found.step, warnings
 
@@ -80,7 +80,7 @@ def test_save_and_read_back(tmp_path):
     assert checkpoints.steps() == [] and latest(checkpoints) == (None, [])
     path = save(checkpoints, 7)
     assert path == tmp_path / "c" / "step-000007"
-    assert names(path) == ["adapters.safetensors", "random.safetensors", "state.json"]
+    assert names(path) == ["adapters.safetensors", "optimizer.safetensors", "state.json"]
     assert latest(checkpoints) == (7, [])
 
 
@@ -123,7 +123,7 @@ def test_damage_falls_back_to_the_checkpoint_before(name, how, tmp_path):
         save(checkpoints, step)
     if (name, how) == ("state.json", "bit flipped"):  # the last byte is a newline
         record = json.loads((tmp_path / "step-000003" / name).read_text())
-        record["sha256"]["random.safetensors"] = "0" * 64
+        record["sha256"]["optimizer.safetensors"] = "0" * 64
         write_json(tmp_path / "step-000003" / name, record)
     else:
         damage(tmp_path / "step-000003" / name, how)

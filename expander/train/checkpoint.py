@@ -6,8 +6,10 @@ is written under a temporary name and renamed, so a kill at any moment leaves th
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,9 @@ import mlx.core as mx
 from expander.files import digest, fsync_folder, save_arrays, write_json
 
 STATE = "state.json"
+OURS = (STATE, "optimizer.safetensors")  # one of them marks a folder as a checkpoint
+STEP = re.compile(r"step-\d{6,}")
+TEMPORARY = re.compile(r"\.\d+-\d+")  # .PID-STEP
 
 
 @dataclass
@@ -26,7 +31,10 @@ class Checkpoint:
 
 
 class Checkpoints:
-    """The last few checkpoints of one run, in `folder`."""
+    """The last few checkpoints of one run, in `folder`.
+
+    The folder may hold files of other programs: only what is recognised as ours is deleted.
+    """
 
     def __init__(self, folder: Path, keep: int):
         self.folder = folder
@@ -34,8 +42,8 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, newest first."""
-        names = [path.name.removeprefix("step-") for path in self.folder.glob("step-*")]
-        return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+        ours = {path.parent.name for name in OURS for path in self.folder.glob(f"step-*/{name}")}
+        return sorted((int(name[5:]) for name in ours if STEP.fullmatch(name)), reverse=True)
 
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}"
@@ -50,9 +58,7 @@ class Checkpoints:
             arrays: file stem → named MLX arrays.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        for unfinished in self.folder.glob(".*"):
-            if unfinished.is_dir():  # not a file such as Finder's .DS_Store
-                shutil.rmtree(unfinished)
+        self._delete_unfinished()
         target, temporary = self._path(step), self.folder / f".{os.getpid()}-{step}"
         try:
             temporary.mkdir()
@@ -90,5 +96,18 @@ class Checkpoints:
                 warn(f"{self._path(step)} is damaged ({error}); falling back to the previous one")
         return None
 
-    def clear(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    def _delete_unfinished(self) -> None:
+        """Delete what a killed run left half-written."""
+        for path in self.folder.glob(".*"):
+            if path.is_dir() and TEMPORARY.fullmatch(path.name):
+                shutil.rmtree(path)
+
+    def clear(self, *names: str) -> None:
+        """Delete all checkpoints and the files `names`; the folder only if it is empty then."""
+        for step in self.steps():
+            shutil.rmtree(self._path(step))
+        self._delete_unfinished()
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()

@@ -9,10 +9,8 @@ The ring may hang (mlx #4475), and a Mac may vanish without closing its connecti
 """
 
 import faulthandler
-import hashlib
 import json
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +20,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+
+from expander import cli
+from expander.files import json_digest
 
 CONNECT_SECONDS = 60
 # The longest time between two exchanges before the run is considered hung.
@@ -47,7 +48,7 @@ def is_main() -> bool:
 def warn(text: str) -> None:
     """Print a warning on rank 0."""
     if is_main():
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        cli.tell(f"warning: {text}")
 
 
 @contextmanager
@@ -162,7 +163,7 @@ def check_same(**values) -> None:
     """
     if size() == 1:
         return
-    prints = {k: hashlib.sha256(json.dumps(v).encode()).hexdigest() for k, v in values.items()}
+    prints = {name: json_digest(value) for name, value in values.items()}
     others = gather(prints)
     differing = [name for name in prints if any(other[name] != prints[name] for other in others)]
     if differing:
@@ -195,7 +196,7 @@ def watch(give_up: Callable[[str], str]) -> threading.Event:
             trouble = (
                 f"no exchange between the ranks for {TIMEOUT_SECONDS} seconds; one of them hangs"
             )
-            print(f"error: {give_up(trouble)}", file=sys.stderr, flush=True)
+            cli.tell(f"error: {give_up(trouble)}")
             os._exit(1)
 
     if size() > 1:

@@ -251,8 +251,9 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     order = PromptOrder(prompts, config)
     run = Run(config, "grpo", total_steps(config, order.steps_per_epoch), resume, overwrite)
     report_memory("grpo", config, chain, max(len(ids) for _, ids in prompts))
-    distributed.check_same(
-        configuration=run.config_text, data=prompts + held_out, model=chain.describe()
+    run.pin_inputs(
+        model=(f"model.sft {sft} or its base", chain.describe() | chain.base_hashes()),
+        data=(f"the data of {config.dataset.name}", [prompts, held_out]),
     )
 
     mx.random.seed(training.seed)

@@ -4,7 +4,6 @@ import importlib.metadata
 import math
 import platform
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,11 +13,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from expander.cli import Interrupted, duration
-from expander.config import Config, same_settings, to_yaml
-from expander.files import write_json, write_text
+from expander.config import Config, load_config, same_settings, to_yaml
+from expander.files import json_digest, read_json, write_json, write_text
 from expander.model import adapter_weights, add_lora, lora_config, save_adapter
 from expander.train import distributed
 from expander.train.checkpoint import Checkpoints
+from expander.train.lock import Lock
 from expander.train.logs import finite, log_metrics, remove_logs, trim_logs
 from expander.train.memory import cache_limit, peak_resident
 from expander.train.optim import AdamW
@@ -27,6 +27,8 @@ from expander.train.signals import StopRequest
 from expander.train.tracking import Tracker
 
 RESULT = "run.json"
+# In checkpoints/: what an unfinished run was started with.
+STARTED, INPUTS = "config.yaml", "inputs.json"
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
@@ -113,7 +115,9 @@ class Run:
         self.config_text = to_yaml(config)
         folder = self.folder / "checkpoints"
         self.checkpoints = Checkpoints(folder, config.training.save_total_limit)
-        self.started_config = folder / "config.yaml"
+        self.started_config, self.started_inputs = folder / STARTED, folder / INPUTS
+        self.inputs: dict[str, str] = {}
+        self.lock = Lock(self.folder)
         self.progress, self.first_step = Progress(), 0
         self.best: dict[str, mx.array] | None = None
         self.finished_step: tuple[int, dict, dict] | None = None  # what a checkpoint holds
@@ -129,6 +133,8 @@ class Run:
 
     def _check_folder(self) -> None:
         """Refuse what would lose or mix up an unfinished run; change nothing yet."""
+        self.lock.check()
+        self._check_ours()
         unfinished = self.checkpoints.steps()
         if unfinished and not self.resume and not self.overwrite:
             raise ValueError(
@@ -145,6 +151,39 @@ class Run:
                 f"--resume: the configuration differs from the one {self.folder} was started with "
                 f"({started}); use that one, or start over with --overwrite"
             )
+
+    def _check_ours(self) -> None:
+        """Refuse a checkpoints/config.yaml that this program did not write: it would be replaced."""
+        if self.started_config.is_file():
+            try:
+                load_config(self.stage, self.started_config)
+            except ValueError:
+                raise ValueError(
+                    f"{self.started_config} is not a file of this program; choose another "
+                    "model.output"
+                ) from None
+
+    def pin_inputs(self, **inputs: tuple[str, object]) -> None:
+        """Record what the run starts from; every rank and every resume must have the same.
+
+        Args:
+            inputs: name → (what to call it in a message, its value, which JSON can hold).
+
+        Raises:
+            ValueError: the ranks differ, or a resumed run was started from something else.
+        """
+        self.inputs = {name: json_digest(value) for name, (_, value) in inputs.items()}
+        distributed.check_same(configuration=self.config_text, **self.inputs)
+        if not (self.resume and distributed.is_main() and self.started_inputs.is_file()):
+            return
+        started = read_json(self.started_inputs)
+        for name, (label, _) in inputs.items():
+            if started.get(name) != self.inputs[name]:
+                raise ValueError(
+                    f"--resume: {label} is not what {self.folder} was started with (SHA-256 "
+                    f"{str(started.get(name))[:12]}, now {self.inputs[name][:12]}); restore it, or "
+                    "start over with --overwrite"
+                )
 
     def add_adapter(self, model) -> tuple[dict, AdamW]:
         """Add LoRA layers to the model: new ones or, if resumed, those of the last checkpoint.
@@ -184,9 +223,11 @@ class Run:
     def __enter__(self) -> "Run":
         """Claim the folder: everything the run needs has been loaded."""
         if distributed.is_main():
+            self.lock.__enter__()
             if self.overwrite:
-                self.checkpoints.clear()
+                self.checkpoints.clear(STARTED, INPUTS)
             write_text(self.started_config, self.config_text)
+            write_json(self.started_inputs, self.inputs)
             if not self.resume:
                 remove_logs(self.folder)
             self.tracker.start()
@@ -199,11 +240,13 @@ class Run:
         try:
             if distributed.is_loss(error):
                 raise ConnectionError(self._save_and_explain(distributed.LOSS)) from None
-            if isinstance(error, RewardError | RuntimeError):  # RuntimeError: MLX is out of memory
+            # RuntimeError: MLX is out of memory. OSError: a disk is full, or output went away.
+            if isinstance(error, RewardError | RuntimeError | OSError):
                 raise type(error)(self._save_and_explain(str(error))) from error
         finally:
             self.stop.__exit__()
             self.tracker.finish()
+            self.lock.__exit__()
 
     # One step
 
@@ -376,7 +419,10 @@ class Run:
             self.tracker.log(self.step, record)
 
     def say(self, text: str) -> None:
-        print(f"step {self.step}/{self.total}  {text}", flush=True)
+        try:
+            print(f"step {self.step}/{self.total}  {text}", flush=True)
+        except OSError as error:
+            self.stop.output_lost(error)
 
     # Finishing
 
@@ -415,4 +461,4 @@ class Run:
                 **result,
             },
         )
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
+        self.checkpoints.clear(STARTED, INPUTS)

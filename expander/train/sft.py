@@ -13,10 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.cli_ui import make_console
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -114,6 +114,25 @@ def step_batches(run: Run, batches: Batches) -> Iterator[Batch]:
         yield batch
 
 
+class NoUI:
+    """Stands in for mlx-lm's table, which repeats our lines and on a terminal captures stdout."""
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __enter__(self) -> "NoUI":
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def advance(self) -> None:
+        pass
+
+    def report_train(self, *_) -> None:
+        pass
+
+
 class Finished(Exception):
     """Leaves the trainer's loop before its own final save, which is not atomic."""
 
@@ -170,8 +189,7 @@ class StepCallback(TrainingCallback):
 def train_steps(run: Run, model, optimizer: AdamW, batches: Batches, held_out: list[Row]) -> None:
     """Have mlx-lm's trainer run the remaining steps."""
     training = run.config.training
-    make_console().quiet = True  # mlx-lm's own table would repeat our lines
-    with suppress(Finished):
+    with patch.object(trainer, "TrainUI", NoUI), suppress(Finished):
         trainer.train(
             model,
             optimizer,
@@ -232,10 +250,10 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     )
     run = Run(config, "sft", total_steps(config, batches.steps_per_epoch), resume, overwrite)
     report_memory("sft", config, chain, max(len(row.ids) for row in rows))
-    distributed.check_same(
-        configuration=run.config_text,
-        data=[row.ids for row in rows + held_out],
-        model=chain.revision,
+    ids = [[row.ids for row in part] for part in (rows, held_out)]
+    run.pin_inputs(
+        model=(f"model.base {config.model.base}", [chain.revision, chain.base_hashes()]),
+        data=(f"the data of {config.dataset.name}", ids),
     )
 
     mx.random.seed(training.seed)

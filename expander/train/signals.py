@@ -1,7 +1,11 @@
-"""Stop requests: the first SIGINT or SIGTERM waits for the end of the step, a second acts at once."""
+"""Stop requests: the first signal waits for the end of the step, a second acts at once.
+
+A closed terminal (SIGHUP) and output that nobody reads any more are requests to stop, too.
+"""
 
 import signal
-import sys
+
+from expander import cli
 
 
 class StopRequest:
@@ -11,7 +15,7 @@ class StopRequest:
         announce: whether this process tells the user that it stops after the step.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self, announce: bool):
         self.announce = announce
@@ -30,4 +34,12 @@ class StopRequest:
         self.received = signum
         signal.signal(signum, self._previous[signum])
         if self.announce:
-            print("\nstopping after this step", file=sys.stderr, flush=True)
+            cli.tell("\nstopping after this step")
+
+    def output_lost(self, error: OSError) -> None:
+        """Handle a failed write to stdout: stop if its reader is gone, else continue without it."""
+        cli.silence("stdout")
+        if isinstance(error, BrokenPipeError):
+            self.received = self.received or signal.SIGPIPE
+        else:
+            cli.tell(f"warning: stdout cannot be written ({error.strerror}); no more step lines")
