@@ -385,7 +385,7 @@ def load_config(
 
     Args:
         stage: "sft" or "grpo".
-        path: a YAML file over configs/{stage}.yaml; None for the latter alone.
+        path: a YAML file over configs/{stage}.yaml; None to load only that file.
         settings: "section.key=value" strings, applied in order over the files.
 
     Returns:

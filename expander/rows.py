@@ -227,11 +227,23 @@ def canonical_row(example: Example) -> dict:
     return {"query": example.query, "output": [list(x) for x in example.lines]} | labels(example)
 
 
+def _parse_line(raw: bytes) -> object:
+    """The JSON value of a line, or a ValueError if it is not valid."""
+    try:
+        return json.loads(raw.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
+    except json.JSONDecodeError as error:
+        return ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:  # number or nesting too long
+        return ValueError(f"not valid JSON ({error})")
+
+
 def file_rows(path: Path) -> Iterator[tuple[str, object]]:
     """Read a JSON Lines file.
 
     Yields:
-        (location, row) of each line; the row of a line that is not valid JSON is its ValueError.
+        (location, row) of each line; a line that is not valid JSON gives a ValueError as its row.
 
     Raises:
         DataError: the file cannot be read.
@@ -239,20 +251,8 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
     try:
         with path.open("rb") as stream:
             for number, raw in enumerate(stream, 1):
-                if not raw.strip():
-                    continue
-                location = f"{path}:{number}"
-                try:
-                    yield location, json.loads(raw.decode("utf-8-sig"))
-                except UnicodeDecodeError as error:
-                    yield location, ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
-                except json.JSONDecodeError as error:
-                    yield (
-                        location,
-                        ValueError(f"not valid JSON ({error.msg} at column {error.colno})"),
-                    )
-                except (ValueError, RecursionError) as error:  # number or nesting too long
-                    yield location, ValueError(f"not valid JSON ({error})")
+                if raw.strip():
+                    yield f"{path}:{number}", _parse_line(raw)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
