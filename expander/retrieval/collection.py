@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from expander.qmd import JS_WHITESPACE
-from expander.rows import DataError, file_rows, hub_rows
+from expander.rows import SURROGATE, DataError, file_rows, hub_rows
 
 LAYOUTS = (
     "corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR); docs.jsonl, queries.jsonl and "
@@ -119,7 +119,7 @@ def extract_title(text: str, path: str) -> str:
     if path.lower().endswith(".md") and (match := HEADING.search(text)):
         title = match[1].strip(JS_WHITESPACE)
         if title in ("Notes", "\N{MEMO} Notes") and (match := HEADING_2.search(text)):
-            title = match[1].strip(JS_WHITESPACE) or title
+            title = match[1].strip(JS_WHITESPACE)
         if title:
             return title
     return EXTENSION.sub("", path).rpartition("/")[2] or path
@@ -261,7 +261,7 @@ def _text(place: str, row: object, key: str) -> str:
         value = str(value)  # ids may be numbers
     if not isinstance(value, str):
         raise ValueError(f"{place}: expected an object with text in {key!r}")
-    return value
+    return SURROGATE.sub("\ufffd", value)  # which SQLite cannot store
 
 
 def _documents(rows: Iterable[tuple[str, object]], key: str) -> list[Document]:
@@ -272,7 +272,6 @@ def _documents(rows: Iterable[tuple[str, object]], key: str) -> list[Document]:
             _text(place, row, "text"),
         )
         for place, row in rows
-        if _text(place, row, key) is not None
     ]
 
 
