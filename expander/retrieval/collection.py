@@ -406,7 +406,9 @@ def read_fixture(path: Path) -> tuple[list[tuple[str, str, str, list[str]]], lis
             expanded += 1
         else:
             entries.append((place, name, " ".join(query.split()), files))
-    warnings = [f"{path}: {expanded} queries are already expanded, and were left out"]
+    warnings = [
+        f"{path}: {expanded} of {len(rows)} queries are already expanded, and were left out"
+    ]
     return entries, warnings if expanded else [], collection
 
 

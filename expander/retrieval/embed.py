@@ -441,9 +441,11 @@ def embed_documents(
     Args:
         folder: of the cache; default: `cache_folder()`.
     """
-    tokenizer = chunk_tokenizer()
+    tokenizer = None
 
     def count_tokens(text: str) -> int:
+        nonlocal tokenizer  # loaded when the first long text needs it
+        tokenizer = tokenizer or chunk_tokenizer()
         return len(tokenizer.encode(text, add_special_tokens=False).ids)
 
     progress = Progress(f"documents embedded by {embedder.name}", len(documents))
