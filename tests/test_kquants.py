@@ -1,4 +1,4 @@
-"""kquants: bytes pinned to ggml's own quantiser, hand-worked blocks, and the type of each tensor."""
+"""kquants.py: bytes pinned to ggml's own quantiser, hand-worked blocks, and the type of each tensor."""
 
 import hashlib
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ K_TYPES = (Q4_K, Q5_K, Q6_K)
 
 
 def bell(rows: int, width: int) -> np.ndarray:
-    """Weight-like float32 values, the same on every machine: a hash's four 16-bit parts, summed."""
+    """Weight-like float32 values, equal on every machine: the sum of a hash's four 16-bit parts."""
     z = np.arange(1, rows * width + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -24,7 +24,7 @@ def bell(rows: int, width: int) -> np.ndarray:
 
 
 def cases(rows: int = 64, width: int = 1024) -> Iterator[tuple[str, np.ndarray]]:
-    """Kinds of weights on which ggml's bytes are known. Every step is exact or rounds as IEEE says."""
+    """Kinds of weights for which ggml's bytes are known. Every step is exact or rounds by IEEE rules."""
     x = bell(rows, width)
     group = np.arange(x.size).reshape(x.shape) // 16
     index = np.arange(x.size).reshape(x.shape)
@@ -33,7 +33,7 @@ def cases(rows: int = 64, width: int = 1024) -> Iterator[tuple[str, np.ndarray]]
     yield "heavy tail", x * x * x * np.float32(300)
     yield "bfloat16", (x.view(np.uint32) & 0xFFFF0000).view(np.float32)
     yield "offset", x - np.float32(1.5)
-    # Minimums so far apart that a level is beyond the range in which ggml rounds to an integer.
+    # Minimums so far apart that a level is beyond the range where ggml rounds to an integer.
     far = np.ldexp(np.rint(x * np.float32(64)), -17) - np.float32(95)
     yield "far offsets", np.where(group // 2 % 8 == 0, np.float32(-8000), far)
     yield "outliers", np.where(index % 397 == 0, x * np.float32(1000), x)
@@ -41,13 +41,13 @@ def cases(rows: int = 64, width: int = 1024) -> Iterator[tuple[str, np.ndarray]]
     yield "constant groups", np.where(group // 2 % 3 == 1, x[:, :1], x)
     yield "constant blocks", np.where(group // 16 % 2 == 1, x[:, :1], x)
     yield "three values", np.sign(x) * (np.abs(x) > np.float32(0.015))
-    # One power of two a group of 32, from 1 down to the subnormal numbers and zero.
+    # One power of two per group of 32, from 1 down to the subnormal numbers and zero.
     yield "any magnitude", np.ldexp(x, -(group // 2 * 7 % 151).astype(np.int32))
     yield "tiny", np.ldexp(x, -20)
     yield "subnormal", np.ldexp(x, -128)
 
 
-# SHA-256 (12 digits) of what ggml's ggml_quantize_chunk made of `cases()`; to print them again:
+# SHA-256 (12 digits) of the output of ggml_quantize_chunk for `cases()`. To print them again:
 # python -m tests.bench.kquants_vs_ggml --digests
 DIGESTS = {
     "bell": ("2b48de0872e2", "bf8a856fa2ff", "6ec024633ab3"),
@@ -74,7 +74,7 @@ def digest(data: np.ndarray) -> str:
 @pytest.mark.parametrize(
     ("name", "array"), [pytest.param(name, array, id=name) for name, array in cases()]
 )
-def test_bytes_are_those_of_ggml(name: str, array: np.ndarray) -> None:
+def test_bytes_equal_ggmls(name: str, array: np.ndarray) -> None:
     assert tuple(digest(quantize(array, qtype)) for qtype in K_TYPES) == DIGESTS[name]
 
 
@@ -87,7 +87,7 @@ def test_round_trip_error(qtype: GGMLQuantizationType, bound: float) -> None:
 
 
 @pytest.mark.parametrize("qtype", K_TYPES)
-def test_result_does_not_depend_on_the_chunk(qtype: GGMLQuantizationType) -> None:
+def test_the_result_does_not_depend_on_the_chunks(qtype: GGMLQuantizationType) -> None:
     x = bell(2 * CHUNK + 3, 256)
     row_by_row = [quantize(row, qtype) for row in x[:: CHUNK // 4]]
     assert np.array_equal(quantize(x, qtype)[:: CHUNK // 4], row_by_row)
@@ -101,7 +101,7 @@ def test_zeros_are_zero_bytes(qtype: GGMLQuantizationType) -> None:
     assert not quantize(np.zeros((2, 512), np.float32), qtype).any()
 
 
-def test_q4_k_levels_that_fit() -> None:
+def test_q4_k_exact_levels() -> None:
     """x = 0, 1 … 15, twice in each group: scale 1, minimum 0.
 
     The unit d is 1/63 in half precision: 2⁻⁶·(1 + 16/1024) = 0x2410. All s are 63, all m 0.
@@ -113,15 +113,15 @@ def test_q4_k_levels_that_fit() -> None:
 
 
 def test_q4_k_constant_block() -> None:
-    """x = −2: no scale, minimum 2. dmin is 2/63 in half precision, 0x2810; all m are 63."""
+    """x = −2: scale 0, minimum 2. dmin is 2/63 in half precision, 0x2810; all m are 63."""
     block = quantize(np.full((1, 256), -2, np.float32), Q4_K)[0]
     assert block[:4].tolist() == [0, 0, 0x10, 0x28]
     assert block[4:16].tolist() == [0x00] * 4 + [0xFF] * 4 + [0xF0] * 4
     assert not block[16:].any()
 
 
-def test_q5_k_levels_that_fit() -> None:
-    """x = 0, 1 … 31 in each group, but group 5 is zero: its s, its levels and bit 5 are missing."""
+def test_q5_k_exact_levels() -> None:
+    """x = 0, 1 … 31 in each group, but group 5 is zero, and so are its s, levels and fifth bits."""
     x = np.tile(np.arange(32, dtype=np.float32), (8, 1))
     x[5] = 0
     block = quantize(x.reshape(1, 256), Q5_K)[0]
@@ -132,7 +132,7 @@ def test_q5_k_levels_that_fit() -> None:
     assert block[48:].tolist() == both + both + lower + both
 
 
-def test_q6_k_levels_that_fit() -> None:
+def test_q6_k_exact_levels() -> None:
     """x = −32, −28 … 28 in each group: scale 1, levels 0, 4 … 60 with the offset of 32.
 
     The unit d is −1/128 = 0xA000 and every s is −128. The last group is zero: s 0 and code 0.
@@ -149,7 +149,7 @@ def test_q6_k_levels_that_fit() -> None:
     assert block[192:].tolist() == [0x80] * 15 + [0x00] + [0x00, 0xA0]
 
 
-def test_other_types_come_as_bytes() -> None:
+def test_other_types_are_encoded_by_gguf() -> None:
     x = bell(3, 64)
     for name, width in [("F32", 256), ("F16", 128), ("BF16", 128), ("Q8_0", 68), ("Q5_1", 48)]:
         qtype = GGMLQuantizationType[name]
@@ -160,11 +160,11 @@ def test_other_types_come_as_bytes() -> None:
     assert quantize(x[0], GGMLQuantizationType.F32).shape == (256,)
 
 
-def test_what_it_refuses() -> None:
+def test_invalid_input() -> None:
     x = bell(2, 256)
-    with pytest.raises(ValueError, match="Q4_K needs rows of a multiple of 256 values, found 255"):
+    with pytest.raises(ValueError, match=r"Q4_K .* multiple of 256, found 255"):
         quantize(x[:, 1:], Q4_K)
-    with pytest.raises(ValueError, match="Q8_0 needs rows of a multiple of 32 values, found 48"):
+    with pytest.raises(ValueError, match=r"Q8_0 .* multiple of 32, found 48"):
         quantize(x[:, :48], GGMLQuantizationType.Q8_0)
     with pytest.raises(ValueError, match="expected float32 to quantise, found float16"):
         quantize(x.astype(np.float16), Q4_K)
@@ -206,23 +206,23 @@ def test_layers_with_more_bits(ftype: LlamaFileType) -> None:
         ("blk.2.attn_q.weight", 256, "Q8_0", True, "Q8_0"),
         ("blk.2.attn_q.weight", 100, "F16", True, "F16"),
         ("blk.2.attn_q.weight", 100, "BF16", True, "BF16"),
-        # The output, or the embedding in its place.
+        # The output, or the tied embedding.
         ("output.weight", 256, "Q4_K_M", False, "Q6_K"),
         ("token_embd.weight", 256, "Q4_K_M", True, "Q6_K"),
         ("token_embd.weight", 256, "Q4_K_M", False, "Q4_K"),
         ("token_embd.weight", 256, "Q8_0", True, "Q8_0"),
         ("token_embd.weight", 256, "F16", True, "F16"),
-        # No whole number of 256-value blocks.
+        # A width that is not a multiple of 256.
         ("blk.2.attn_q.weight", 576, "Q4_K_M", True, "Q5_0"),
         ("blk.2.attn_q.weight", 576, "Q5_K_M", True, "Q5_1"),
         ("blk.2.attn_q.weight", 576, "Q6_K", True, "Q8_0"),
         ("blk.0.attn_v.weight", 576, "Q4_K_M", True, "Q8_0"),
         ("token_embd.weight", 576, "Q4_K_M", True, "Q8_0"),
         ("token_embd.weight", 576, "Q5_K_M", False, "Q5_1"),
-        # Nor of 32-value blocks.
+        # A width that is not a multiple of 32.
         ("blk.2.attn_q.weight", 48, "Q4_K_M", True, "F16"),
         ("blk.2.attn_q.weight", 48, "Q8_0", True, "F16"),
-        # Never quantised.
+        # Norms and biases are never quantised.
         ("blk.2.attn_q_norm.weight", 256, "Q4_K_M", True, "F32"),
         ("blk.2.attn_q.bias", 256, "Q4_K_M", True, "F32"),
     ],
@@ -233,7 +233,7 @@ def test_tensor_type(name: str, width: int, ftype: str, tied: bool, expected: st
     assert chosen == GGMLQuantizationType[expected]
 
 
-def test_one_dimension_is_f32() -> None:
+def test_tensors_of_one_dimension_are_f32() -> None:
     for ftype in (LlamaFileType.ALL_F32, LlamaFileType.MOSTLY_F16, LlamaFileType.MOSTLY_Q4_K_M):
         for name in ("output_norm.weight", "rope_freqs.weight"):
             assert tensor_type(name, (256,), ftype, n_layers=16, tied=True).name == "F32"

@@ -1,15 +1,15 @@
-"""K-quants in numpy: write ggml's Q4_K, Q5_K and Q6_K, and say which tensor gets which type.
+"""K-quants in numpy: write ggml's Q4_K, Q5_K and Q6_K, and choose the type of each tensor.
 
-The gguf package reads these formats but does not write them. The bytes are those of ggml's own
-quantiser without an importance matrix (tests/bench/kquants_vs_ggml.py compares the two). Left out:
+The gguf package reads these formats but does not write them. The bytes equal those of ggml's own
+quantiser without an importance matrix (tests/bench/kquants_vs_ggml.py compares them). Left out:
 importance matrices, Q2_K, Q3_K and the IQ types.
 
 Block layouts and the search for scales follow ggml (https://github.com/ggml-org/ggml, MIT licence,
 Copyright (c) 2023-2026 The ggml authors). The code is this project's own, vectorised over blocks.
 
 Equal bytes need equal rounding. Arrays are (position, group), so that numpy's sum over axis 0 adds
-row after row in float32, as a C loop does. Products are grouped as in ggml: (w·L)·L is not w·(L·L).
-A ggml compiled with fused multiply-adds (not its default on x86-64) rounds otherwise.
+row by row in float32, as a C loop does. Products are grouped as in ggml: (w·L)·L is not w·(L·L).
+A ggml compiled with fused multiply-adds (not the default on x86-64) rounds differently.
 """
 
 import os
@@ -24,7 +24,7 @@ F32, F16, BF16, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K = (
     for name in ("F32", "F16", "BF16", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K")
 )
 
-# The type most tensors of a file get.
+# The type of most tensors in a file.
 BASE_TYPES = {
     LlamaFileType.ALL_F32: F32,
     LlamaFileType.MOSTLY_F16: F16,
@@ -34,24 +34,29 @@ BASE_TYPES = {
     LlamaFileType.MOSTLY_Q5_K_M: Q5_K,
     LlamaFileType.MOSTLY_Q6_K: Q6_K,
 }
-# For rows that are no whole number of 256-value blocks.
+# For rows whose width is not a multiple of BLOCK.
 NARROW_TYPES = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 
 BLOCK = 256  # values that share the half-precision scales of a K-quant
-CHUNK = 512  # blocks at a time: few enough for the cache, enough to keep threads off the GIL
+CHUNK = 512  # blocks per call: they fit in the cache, and threads rarely wait for the GIL
 THREADS = min(4, os.cpu_count() or 1)
-NO_SCALE = np.float32(1e-15)  # Q6_K: a group below this is all zero
+NO_SCALE = np.float32(1e-15)  # Q6_K: a group with only smaller magnitudes is all zero
 
 
 def tensor_type(
     name: str, shape: tuple[int, ...], ftype: LlamaFileType, *, n_layers: int, tied: bool
 ) -> GGMLQuantizationType:
-    """The type llama.cpp's quantiser picks for a tensor of a dense qwen2, qwen3 or llama model.
+    """The type that llama.cpp's quantiser chooses for a tensor of a dense model.
 
-    name: the tensor's name in the GGUF, such as `blk.3.attn_v.weight`.
-    shape: rows first, so that the last number is the row's width.
-    tied: the file has no `output.weight`; the token embedding is used in its place.
-    Raises ValueError for a file type it does not know.
+    Args:
+        name: the tensor's name in the file, such as `blk.3.attn_v.weight`.
+        shape: rows first; the last number is the row's width.
+        ftype: a key of BASE_TYPES.
+        n_layers: of the model.
+        tied: the file has no `output.weight`, and the token embedding takes its place.
+
+    Raises:
+        ValueError: the file type is not supported.
     """
     if ftype not in BASE_TYPES:
         known = ", ".join(known.name for known in BASE_TYPES)
@@ -78,20 +83,20 @@ def tensor_type(
 
 
 def _more_bits(layer: int, n_layers: int) -> bool:
-    """The first and the last eighth of the layers, and every third one between them."""
+    """Whether the layer is in the first or last eighth, or is every third one between them."""
     eighth = n_layers // 8
     return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def quantize(array: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
-    """The bytes of a tensor in a GGUF.
+    """Encode a tensor: float32 (..., width) to uint8 (..., bytes per row).
 
-    array: float32, (..., width). Result: uint8, (..., bytes of a row).
-    Q4_K, Q5_K and Q6_K are made here; the gguf package makes F32, F16, BF16 and Q4_0 to Q8_0.
-    Beside the result it needs a few MB for each thread.
+    Q4_K, Q5_K and Q6_K are encoded here; the gguf package encodes F32, F16, BF16 and Q4_0 to Q8_0.
+    Besides the result this needs a few MB per thread.
 
-    Raises ValueError for another dtype, a width that is no whole number of blocks, and values
-    that are NaN, infinite or too large for the half precision of a scale.
+    Raises:
+        ValueError: another dtype, a width that is not a multiple of the block, or values that are
+            NaN, infinite or too large for the half-precision scale.
     """
     if array.dtype != np.float32:
         raise ValueError(f"expected float32 to quantise, found {array.dtype}; convert it first")
@@ -99,11 +104,11 @@ def quantize(array: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
     *rows, width = array.shape
     if width % block:
         raise ValueError(
-            f"{qtype.name} needs rows of a multiple of {block} values, found {width}; "
-            "ask tensor_type for a type that fits"
+            f"{qtype.name} needs a row width that is a multiple of {block}, found {width}; "
+            "use the type that tensor_type returns"
         )
     limit = np.finfo(np.float32 if qtype in (F32, BF16) else np.float16).max
-    peak = max(array.max(), -array.min())  # NaN when there is a NaN
+    peak = max(array.max(), -array.min())  # NaN if any value is NaN
     if not peak <= limit:
         raise ValueError(
             f"{qtype.name} holds magnitudes up to {limit:.6g}, found {peak}; check the weights"
@@ -117,29 +122,29 @@ def quantize(array: np.ndarray, qtype: GGMLQuantizationType) -> np.ndarray:
 
     def encode(start: int) -> None:
         part = slice(start, start + CHUNK)
-        # The settings are a thread's own. Divisions by zero are meant: what they give is masked.
+        # Each thread has its own settings. Divisions by zero are intended; their results are masked.
         with np.errstate(all="ignore"):
             result[part] = ENCODERS[qtype](blocks[part])
 
-    with ThreadPoolExecutor(THREADS) as pool:  # numpy lets go of the GIL inside its loops
+    with ThreadPoolExecutor(THREADS) as pool:  # numpy releases the GIL in its loops
         list(pool.map(encode, range(0, len(blocks), CHUNK)))
     return result.reshape(*rows, -1)
 
 
 def _scratch(count: int, like: np.ndarray) -> np.ndarray:
-    """`count` float32 arrays on a 64-byte boundary: numpy's loops are then twice as fast on x86."""
+    """`count` float32 arrays, aligned to 64 bytes, which makes numpy's loops twice as fast on x86."""
     room = np.empty(count * like.size + 16, np.float32)
     start = -room.ctypes.data % 64 // 4
     return room[start : start + count * like.size].reshape(count, *like.shape)
 
 
 def _total(terms: np.ndarray) -> np.ndarray:
-    """Sum over the positions, row after row."""
-    return np.add.reduce(terms, axis=0)  # (positions, B) -> (B,)
+    """Sum over the positions, row by row: (positions, B) -> (B,)."""
+    return np.add.reduce(terms, axis=0)
 
 
 def _nearest_int(values: np.ndarray) -> np.ndarray:
-    """Round half to even as ggml does, beyond ±2²² and for infinities too.
+    """Round half to even as ggml does, also beyond ±2²² and for infinities.
 
     Adding 1.5·2²³ leaves the integer in the low 23 bits of the float.
     """
@@ -152,7 +157,7 @@ def _search_affine(
     """Scale and minimum of each group, so that scale·L − minimum ≈ x for levels L in 0..top.
 
     x: (32, B). Returns scale, minimum, origin and inverse, each (B,):
-    round((x − origin)·inverse), clipped, are the levels that won.
+    round((x − origin)·inverse), clipped, are the best levels.
 
     ggml's make_qkx2_quants. It starts from the plain grid low = min(0, x), scale = (max(x) − low)
     / top. Candidate k has inverse = (top + first + k/10) / (max(x) − low), levels
@@ -160,8 +165,8 @@ def _search_affine(
 
         D = Σw ΣwL² − (ΣwL)²    scale = (Σw ΣwLx − Σwx ΣwL) / D    low' = (ΣwL² Σwx − ΣwL ΣwLx) / D
 
-    or scale = ΣwLx / ΣwL², low' = 0 where low' > 0. A line that lowers Σw(scale·L + low' − x)²
-    replaces the one before, and its low' is the low of the candidates after it.
+    or scale = ΣwLx / ΣwL², low' = 0 where low' > 0. A line with a lower Σw(scale·L + low' − x)²
+    replaces the best one, and its low' is the low of the next candidates.
     """
     levels, weights, product, term = _scratch(4, x)  # (32, B) each
 
@@ -193,7 +198,7 @@ def _search_affine(
     inverse = top / (high - low)
     scale = 1 / inverse  # 0 where all of x is one number ≤ 0
     set_levels(origin, inverse)
-    least = error(scale, low)
+    best_error = error(scale, low)
     for intervals in first + 0.1 * np.arange(steps + 1, dtype=np.float32) + top:
         new_inverse = intervals / (high - low)
         set_levels(low, new_inverse)
@@ -210,8 +215,8 @@ def _search_affine(
         np.divide(sum_lx, sum_l2, out=new_scale, where=new_low > 0)
         np.minimum(new_low, 0, out=new_low)
         new_error = error(new_scale, new_low)
-        better = (determinant > 0) & (new_error < least)
-        np.copyto(least, new_error, where=better)
+        better = (determinant > 0) & (new_error < best_error)
+        np.copyto(best_error, new_error, where=better)
         np.copyto(scale, new_scale, where=better)
         np.copyto(inverse, new_inverse, where=better)
         np.copyto(origin, low, where=better)
@@ -222,22 +227,22 @@ def _search_affine(
 def _search_symmetric(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Scale of each group, so that scale·L ≈ x for levels L in −32..31.
 
-    x: (16, B). Returns scale and inverse, each (B,): round(x·inverse), clipped, are the levels
-    that won. Both are 0 for a group without a magnitude of 1e-15.
+    x: (16, B). Returns scale and inverse, each (B,): round(x·inverse), clipped, are the best
+    levels. Both are 0 for a group whose magnitudes are all below 1e-15.
 
     ggml's make_qx_quants with rmse_type 1. Candidate k in −9..9 has inverse = −(32 + k/10) / peak,
     where peak is the first value of the largest magnitude, and with the weights w = x²
 
-        scale = ΣwLx / ΣwL²    which leaves the least error where (ΣwLx)² / ΣwL² is largest.
+        scale = ΣwLx / ΣwL²    with the smallest error where (ΣwLx)² / ΣwL² is largest.
 
-    Candidate 0 goes first; another one must be better to win.
+    Candidate 0 is tried first; another one must be strictly better.
     """
     levels, weights, weighted, term = _scratch(4, x)  # (16, B) each
     np.multiply(x, x, out=weights)
     np.multiply(weights, x, out=weighted)
     np.abs(x, out=term)
     peak = np.take_along_axis(x, term.argmax(axis=0)[None], axis=0)[0]
-    peak[np.abs(peak) < NO_SCALE] = np.inf  # every candidate is then all zero, and none wins
+    peak[np.abs(peak) < NO_SCALE] = np.inf  # all candidates are then zero, and none is better
 
     scale, inverse = np.zeros_like(peak), np.zeros_like(peak)
     best = np.full_like(peak, -1)
@@ -260,7 +265,7 @@ def _search_symmetric(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _columns(blocks: np.ndarray, group: int) -> np.ndarray:
-    """(n, 256) -> (group, n·256/group): position in the group first."""
+    """(n, 256) -> (group, n·256/group), with the position in the group first."""
     groups = blocks.reshape(-1, group).T
     (x,) = _scratch(1, groups)
     np.copyto(x, groups)
@@ -277,11 +282,11 @@ def _six_bit(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _encode_affine(
     blocks: np.ndarray, top: int, first: float, steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What Q4_K and Q5_K share: 16 bytes of scales a block and the levels, (n, 8, 32) uint8.
+    """The part that Q4_K and Q5_K share: scales, (n, 16) bytes, and levels, (n, 8, 32) uint8.
 
-    Eight groups of 32, x ≈ d·s·L − dmin·m: d and dmin in half precision, then s and m in six bits
-    each: the bytes 0-3 and 4-7 hold s and m of groups 0-3 with two high bits of groups 4-7 on top,
-    the bytes 8-11 the low four bits of those.
+    Eight groups of 32, x ≈ d·s·L − dmin·m. After d and dmin in half precision come 12 bytes with s
+    and m in six bits each: bytes 0-3 and 4-7 hold s and m of groups 0-3, and in their top two bits
+    the high bits of groups 4-7; bytes 8-11 hold the low four bits of those.
     """
     x = _columns(blocks, 32)
     scale, minimum, origin, inverse = _search_affine(x, top, first, steps)
@@ -291,7 +296,7 @@ def _encode_affine(
     step = (d.astype(np.float32) * s).reshape(-1)  # (B,)
     offset = (dmin.astype(np.float32) * m).reshape(-1)
     levels = _nearest_int((x + offset) / step).clip(0, top)
-    lost = step == 0  # the levels of the search stay where a scale is rounded to nothing
+    lost = step == 0  # where a scale rounds to zero, keep the levels of the search
     levels[:, lost] = np.rint((x[:, lost] - origin[lost]) * inverse[lost]).clip(0, top)
 
     packed_s = s[:, :4] | (s[:, 4:] >> 4 << 6)
@@ -323,7 +328,7 @@ def _encode_q5_k(blocks: np.ndarray) -> np.ndarray:
 def _encode_q6_k(blocks: np.ndarray) -> np.ndarray:
     """(n, 256) -> (n, 210): low four bits (128), high two bits (64), scales (16), d (2).
 
-    Sixteen groups of 16, x ≈ d·s·(L − 32), s in −128..127. A block without a scale is all zero.
+    Sixteen groups of 16, x ≈ d·s·(L − 32), s in −128..127. A block with no scale is all zero.
     """
     x = _columns(blocks, 16)
     scale, inverse = _search_symmetric(x)
@@ -335,11 +340,11 @@ def _encode_q6_k(blocks: np.ndarray) -> np.ndarray:
 
     step = (d.astype(np.float32) * s).reshape(-1)  # (B,)
     levels = _nearest_int(x / step).clip(-32, 31) + 32
-    lost = step == 0  # as in _encode_affine; a group of zeros has the code 0
+    lost = step == 0  # as in _encode_affine; a group of zeros gets the code 0
     kept = np.rint(x[:, lost] * inverse[lost]).clip(-32, 31) + 32
     levels[:, lost] = np.where(inverse[lost] == 0, 0, kept)
 
-    quarters = levels.T.astype(np.uint8).reshape(-1, 2, 4, 32)  # each 128 values: 4 runs of 32
+    quarters = levels.T.astype(np.uint8).reshape(-1, 2, 4, 32)  # 128 values are 4 runs of 32
     low, high = quarters & 15, quarters >> 4
     low = low[:, :, :2] | (low[:, :, 2:] << 4)  # runs 0 and 2, 1 and 3
     high = np.bitwise_or.reduce(high << np.array([[0], [2], [4], [6]], np.uint8), axis=2)
