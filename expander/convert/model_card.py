@@ -1,4 +1,4 @@
-"""The README.md of a published model, from model_card.md: figures, how to run it, where it is from."""
+"""The README.md of a published model, rendered from model_card.md."""
 
 from pathlib import Path
 
@@ -14,13 +14,13 @@ TEMPLATE = Path(__file__).parent / "model_card.md"
 
 
 def run_config(chain: Chain) -> Path | None:
-    """The configuration of the chain's last training run; None where none was kept."""
+    """The configuration file of the chain's last training run; None if there is no such file."""
     paths = [folder / "config.yaml" for folder in chain.adapters[-1:]]
     return next((path for path in paths if path.is_file()), None)
 
 
 def licence(chain: Chain) -> dict:
-    """What the base's own card says of its licence; nothing where it has no card."""
+    """The licence entries of the base model's own card; empty if it has no card."""
     path = chain.path / CARD
     if chain.revision:
         try:
@@ -34,7 +34,7 @@ def licence(chain: Chain) -> dict:
 
 
 def eval_results(summary: dict, decode: dict, source: str) -> list[EvalResult]:
-    """The figures that the Hub shows beside the card; `source` is the evaluation's address."""
+    """The figures that the Hub shows next to the card; `source` is the URL of the evaluation."""
     metrics = {
         "average": summary["average"],
         "excellent": 100 * summary["ratings"]["Excellent"] / summary["samples"],
@@ -62,7 +62,7 @@ def render_card(
     """The card of `repo`, which is `model_repo` or the repository of its GGUF files.
 
     Args:
-        gguf: the file that the commands name.
+        gguf: the file name for the commands on the card.
         record: the evaluation, with its "publication".
         terms: from `licence`.
     """
@@ -71,7 +71,7 @@ def render_card(
     origin = {"library_name": "gguf", "base_model": model_repo, "base_model_relation": "quantized"}
     if repo == model_repo:
         origin = {"library_name": "mlx"}
-        if chain.revision:  # a local base has no page that could be named
+        if chain.revision:  # a local base has no page to link to
             origin |= {"base_model": chain.base, "base_model_relation": "finetune"}
     data = ModelCardData(
         pipeline_tag="text-generation",
