@@ -1,42 +1,55 @@
-"""The one file that knows mlx-lm's models: load base + adapters, add LoRA, fuse, save.
+"""The interface to mlx-lm's models: load a base and its adapters, add LoRA, fuse, save.
 
 An adapter folder holds mlx-lm's own adapters.safetensors and adapter_config.json. The latter also
-records the base model (and, for GRPO, the SFT adapter beneath it, copied into the sub-folder named
-by "parent"), so that a chain base → SFT → GRPO is found from its last folder alone.
+records the base model or, for GRPO, the subfolder ("parent") with a copy of the SFT adapter below
+it, so the chain base → SFT → GRPO can be read from its last folder.
+
+mlx_lm is imported by the functions that load a model: with transformers it takes two seconds, and a
+dry run needs neither.
 """
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
+from expander.architectures import ARCHITECTURES
 from expander.files import atomic_write, digest, save_arrays, write_json
 from expander.prompt import IM_END
 from expander.queries import QUERY_DIGESTS
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
-# Weights, configuration and tokenizer; never a repository's Python files.
+# Weights, configuration and tokenizer, but never a repository's Python files.
 DOWNLOADS = ["*.json", "model*.safetensors", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-ARCHITECTURES = ("qwen3", "qwen2", "llama")
 QUANT_GROUP = 64
 
 
 class ModelError(ValueError):
-    """A model or adapter that cannot be used as asked."""
+    """A model or adapter that cannot be used."""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """What a model is made of: a base folder and the adapters over it, the oldest first."""
+    """A base model and the adapters trained over it, the oldest first.
+
+    Attributes:
+        name: the folder or Hub id that was asked for.
+        base: the base model's folder or Hub id.
+        path: the folder with the base model's files.
+        revision: the base's commit on the Hub; None for a local base.
+        bits: the base is quantised to so many bits when it is loaded; None if it is not.
+    """
 
     name: str
     base: str
@@ -46,21 +59,21 @@ class Chain:
     adapters: tuple[Path, ...] = ()
 
     def hashes(self) -> dict[str, str]:
-        """SHA-256 of every adapter file of the chain."""
+        """SHA-256 of each adapter file, by its folder."""
         return {str(folder): digest(folder / ADAPTER_FILE) for folder in self.adapters}
 
     def scales(self) -> list[float | None]:
-        """What the update of every adapter is multiplied by; not in the file that is hashed."""
+        """The LoRA scale of each adapter, which is not in the file that is hashed."""
         configs = [_read_json(folder / ADAPTER_CONFIG) for folder in self.adapters]
         return [config.get("lora_parameters", {}).get("scale") for config in configs]
 
     def base_hashes(self) -> dict[str, str]:
-        """SHA-256 of a local base's weight files; a base from the Hub is known by its revision."""
+        """SHA-256 of a local base's weight files; a revision identifies a base from the Hub."""
         files = [] if self.revision else sorted(self.path.glob("*.safetensors"))
         return {path.name: digest(path) for path in files}
 
     def describe(self) -> dict:
-        """What a results file of eval.py says of the model."""
+        """The "model" entry of a results file of eval.py."""
         return {
             "name": self.name,
             "base": self.base,
@@ -77,7 +90,7 @@ def compute_dtype() -> mx.Dtype:
     The environment variable QMD_DTYPE overrides it, to measure one device's dtype on the other.
 
     Raises:
-        ModelError: QMD_DTYPE names another dtype.
+        ModelError: QMD_DTYPE is neither float32 nor bfloat16.
     """
     if name := os.environ.get("QMD_DTYPE"):
         if name not in ("float32", "bfloat16"):
@@ -87,18 +100,16 @@ def compute_dtype() -> mx.Dtype:
 
 
 def fetch(name: str, revision: str | None = None, files: Sequence[str] = DOWNLOADS) -> Path:
-    """The folder of a base model: `name` itself, or the Hub's snapshot of its `files`.
+    """The folder of a base model: `name` itself, or a download of its `files` from the Hub.
 
     Raises:
-        ModelError: no such folder, or the Hub cannot be reached or does not have it.
+        ModelError: the folder does not exist, or the download failed.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if not HUB_ID.fullmatch(name) or Path(name).parts[0] in ("outputs", "data", "."):
-        raise ModelError(f"model {name}: there is no such folder, and it is no Hub id (owner/name)")
-    import huggingface_hub
-
+        raise ModelError(f"model {name}: no such folder, and not a Hub id (OWNER/NAME)")
     try:
         return Path(
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=list(files))
@@ -106,8 +117,8 @@ def fetch(name: str, revision: str | None = None, files: Sequence[str] = DOWNLOA
     except Exception as error:  # requests, httpx, OSError and the Hub's own types
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise ModelError(
-            f"model {name}: the Hub did not give it ({type(error).__name__}: {reason}); to go on "
-            "without the Hub, copy the model's folder here and name that folder instead"
+            f"model {name}: could not download it from the Hub ({type(error).__name__}: {reason}); "
+            "to work offline, copy the model's folder to this machine and use its path"
         ) from None
 
 
@@ -117,32 +128,34 @@ def _read_json(path: Path) -> dict:
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
-        raise ModelError(f"{path}: holds {value!r:.60}, not an object")
+        raise ModelError(f"{path}: expected a JSON object, found {value!r:.60}")
     return value
 
 
 def trained_model() -> str:
-    """The folder of the last stage that has been trained, for a command that was named no model.
+    """The default model of a command: the folder of the last stage that has been trained.
 
     Raises:
-        ModelError: none has.
+        ModelError: neither stage has been trained.
     """
     for folder in ("outputs/grpo", "outputs/sft"):
         if Path(folder, ADAPTER_CONFIG).is_file():
             return folder
     raise ModelError(
-        "no model is named and neither outputs/grpo nor outputs/sft holds one: run python train.py "
-        "sft first, or name one with --model"
+        "no trained model in outputs/grpo or outputs/sft; run python train.py sft first, or choose "
+        "a model with --model"
     )
 
 
 def read_chain(name: str, files: Sequence[str] = DOWNLOADS) -> Chain:
-    """Follow an adapter folder's records down to the base; a base model is a chain without adapters.
+    """Follow an adapter folder's records down to its base; a base model is a chain without adapters.
 
-    Of a base on the Hub, `files` are downloaded.
+    Args:
+        name: an adapter folder, a model folder or a Hub id.
+        files: patterns of the files to download for a base on the Hub.
 
     Raises:
-        ModelError: `name` is neither an adapter folder, a model folder nor a model on the Hub.
+        ModelError: `name` is none of these, or its base is missing.
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -168,10 +181,10 @@ def read_chain(name: str, files: Sequence[str] = DOWNLOADS) -> Chain:
 
 
 def model_config(path: Path) -> dict:
-    """A base model's config.json, of a supported architecture.
+    """The config.json in a base model's folder.
 
     Raises:
-        ModelError: unreadable, or another architecture.
+        ModelError: it cannot be read, or its architecture is not supported.
     """
     config = _read_json(path / "config.json")
     if config.get("model_type") not in ARCHITECTURES:
@@ -183,32 +196,43 @@ def model_config(path: Path) -> dict:
 
 
 def load_tokenizer(path: Path):
+    """mlx-lm's tokenizer of a base model's folder.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
     from mlx_lm.utils import load_tokenizer as load
 
-    if not (path / "tokenizer.json").is_file():  # transformers would make up an empty one
-        raise ModelError(f"{path}: no usable tokenizer: there is no tokenizer.json")
+    if not (path / "tokenizer.json").is_file():  # transformers would invent an empty tokenizer
+        raise ModelError(f"{path}: no tokenizer.json in this folder")
     try:
         return load(path)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
 
 
 def end_token(tokenizer) -> int:
-    """The id of <|im_end|>, with which every completion ends.
+    """The id of <|im_end|>, the last token of every completion.
 
     Raises:
-        ModelError: the vocabulary has no such token: not a ChatML model.
+        ModelError: the vocabulary has no such token, so this is not a ChatML model.
     """
     ids = tokenizer.encode(IM_END, add_special_tokens=False)
     if len(ids) != 1:
-        raise ModelError(f"the tokenizer has no {IM_END} token: only ChatML models can be used")
+        raise ModelError(f"the tokenizer has no {IM_END} token; only ChatML models are supported")
     return ids[0]
 
 
 def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Module:
-    """A base model in the device's dtype, its weights frozen; quantised to `bits` when given.
+    """A base model in the device's dtype, with frozen weights.
 
-    With `lazy` no weight is read until it is used.
+    Args:
+        bits: quantise the weights to so many bits, in groups of QUANT_GROUP.
+        lazy: read each weight when it is first used.
+
+    Raises:
+        ModelError: the architecture is not supported, or the weights cannot be loaded.
     """
     from mlx_lm.utils import load_model
 
@@ -234,8 +258,10 @@ def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Mod
 
 
 def load_chain(chain: Chain, fuse_last: bool = False) -> tuple[nn.Module, object]:
-    """(model, tokenizer) of a chain: its adapters fused one after the other, the last one kept as
-    LoRA layers unless `fuse_last`."""
+    """The (model, tokenizer) of a chain, in evaluation mode.
+
+    Its adapters are fused one after another; the last one stays as LoRA layers unless `fuse_last`.
+    """
     model, tokenizer = load_base(chain.path, chain.bits), load_tokenizer(chain.path)
     for folder in chain.adapters:
         load_adapter(model, folder)
@@ -245,17 +271,14 @@ def load_chain(chain: Chain, fuse_last: bool = False) -> tuple[nn.Module, object
     return model, tokenizer
 
 
-def _lora_layers(model: nn.Module):
-    from expander.lora import lora_layers
-
-    return lora_layers(model)
-
-
 def lora_config(model: nn.Module, rank: int, alpha: float, dropout: float, targets) -> dict:
-    """mlx-lm's adapter configuration; its scale is alpha / rank, its keys are dotted names.
+    """mlx-lm's adapter configuration, with scale alpha / rank.
+
+    Args:
+        targets: the last part of each linear layer's name, such as "q_proj".
 
     Raises:
-        ModelError: a target that no layer of this model has.
+        ModelError: the model has no layer of that name.
     """
     linear = (nn.Linear, nn.QuantizedLinear)
     names = {name for name, m in model.layers[0].named_modules() if isinstance(m, linear)}
@@ -271,7 +294,7 @@ def lora_config(model: nn.Module, rank: int, alpha: float, dropout: float, targe
 
 
 def add_lora(model: nn.Module, config: dict) -> None:
-    """Fresh LoRA layers, by mlx-lm's own configuration; they alone are trainable."""
+    """Add fresh LoRA layers, the only trainable ones, from mlx-lm's adapter configuration."""
     from expander.lora import add_lora_layers
 
     model.freeze()
@@ -279,21 +302,23 @@ def add_lora(model: nn.Module, config: dict) -> None:
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
+    """The trainable weights by name."""
     return dict(tree_flatten(model.trainable_parameters()))
 
 
 def load_adapter(model: nn.Module, folder: Path) -> None:
-    """Put the adapter of `folder` on the model.
+    """Add the adapter in `folder` to the model as LoRA layers.
 
     Raises:
-        ModelError: its tensors are not, name by name and shape by shape, those the model needs.
+        ModelError: the adapter cannot be read, or its tensors differ in name or shape from those
+            that the model needs.
     """
     config = _read_json(folder / ADAPTER_CONFIG)
     try:
         weights = mx.load(str(folder / ADAPTER_FILE))
         add_lora(model, config)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder}: not a usable adapter: {error}") from None
+        raise ModelError(f"{folder}: the adapter cannot be loaded: {error}") from None
     needed = adapter_weights(model)
     both = weights.keys() & needed.keys()
     reshaped = {name for name in both if weights[name].shape != needed[name].shape}
@@ -301,7 +326,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     if wrong:
         raise ModelError(
             f"{folder}: {len(wrong)} adapter tensors do not fit this base model, first {wrong[0]}; "
-            "it was trained on another one"
+            "the adapter was trained on another base"
         )
     model.load_weights(list(weights.items()), strict=False)
 
@@ -310,16 +335,18 @@ def save_adapter(folder: Path, weights: dict[str, mx.array], config: dict) -> No
     """Write an adapter folder that mlx-lm's own tools load.
 
     Args:
-        weights: as `adapter_weights` gives them.
-        config: `lora_config` with "model", "revision", "quantize_bits" or "parent" added.
+        weights: from `adapter_weights`.
+        config: from `lora_config`, with "model", "revision" and "quantize_bits", or "parent", added.
     """
     save_arrays(folder / ADAPTER_FILE, weights)
     write_json(folder / ADAPTER_CONFIG, config)
 
 
 def copy_adapters(chain: Chain, folder: Path) -> None:
-    """Copy the chain's last adapter into `folder`, what lies beneath it below, so that the folder
-    above stays whole when the originals are trained again."""
+    """Copy the chain's last adapter into `folder` and the one before it into `folder`/sft.
+
+    An adapter trained over the copy stays complete when the original is trained again.
+    """
     for source in reversed(chain.adapters):
         config = _read_json(source / ADAPTER_CONFIG)
         if config.get("parent"):
@@ -338,12 +365,14 @@ def fused_weight(weight: mx.array, lora_a: mx.array, lora_b: mx.array, scale: fl
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace every LoRA layer by a plain linear one with the adapter in its weights.
+    """Replace every LoRA layer with a linear layer that has the adapter in its weights.
 
-    A quantised layer becomes a plain one: quantising it again would lose the adapter.
+    A quantised layer becomes a plain one, because quantising it again would lose the adapter.
     """
+    from expander.lora import lora_layers
+
     fused = []
-    for name, layer in _lora_layers(model):
+    for name, layer in lora_layers(model):
         linear = layer.linear
         weight = linear.weight
         if isinstance(linear, nn.QuantizedLinear):
@@ -368,22 +397,21 @@ def fuse(model: nn.Module) -> None:
     mx.eval(model.parameters())
 
 
-class adapters_off:
-    """Within this context the LoRA layers are out: the same weights are the reference model."""
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Take out the LoRA layers in this context: the same weights are then the reference model."""
+    from expander.lora import lora_layers
 
-    def __init__(self, model: nn.Module):
-        self.model = model
-        self.layers = _lora_layers(model)
-
-    def __enter__(self):
-        self.model.update_modules(tree_unflatten([(name, m.linear) for name, m in self.layers]))
-
-    def __exit__(self, *exc):
-        self.model.update_modules(tree_unflatten(self.layers))
+    layers = lora_layers(model)
+    model.update_modules(tree_unflatten([(name, layer.linear) for name, layer in layers]))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(layers))
 
 
 def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:
-    """The last layer's normed states: (B, T) → (B, T, D), without the vocabulary head."""
+    """The last layer's normed states, before the vocabulary head: (B, T) → (B, T, D)."""
     return model.model(tokens, cache=cache)
 
 

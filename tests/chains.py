@@ -1,4 +1,4 @@
-"""Random adapters over a base model, in the folders that train.py leaves."""
+"""Random adapters over a base model, in folders as train.py writes them."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def make_adapter(
     bits: int | None = None,
     seed: int = 1,
 ) -> Path:
-    """An adapter over `below`, a base model or an adapter folder, strong enough to change answers."""
+    """An adapter over `below`, a base model or an adapter folder; it clearly changes the output."""
     chain = models.read_chain(str(below))
     model = models.load_base(chain.path)
     config = models.lora_config(model, rank, scale * rank, 0.0, targets)
@@ -41,13 +41,13 @@ def make_adapter(
 
 
 def make_chain(root: Path, base: Path) -> Path:
-    """base → SFT → GRPO, the second adapter on two projections with a scale of its own."""
+    """base → SFT → GRPO; the second adapter has another scale and only two projections."""
     sft = make_adapter(root / "sft", base)
     return make_adapter(root / "grpo", sft, rank=2, scale=3.0, targets=("q_proj", "v_proj"), seed=2)
 
 
 def fused(folder: Path) -> dict[str, np.ndarray]:
-    """The fused weights of a chain in float64, from its files alone."""
+    """The fused weights of a chain in float64, computed from its files."""
     chain = models.read_chain(str(folder))
     weights = {
         name: value.astype(np.float64)

@@ -1,8 +1,10 @@
-"""convert.py and its modules: what is in the files, against the models they were made from."""
+"""convert.py and its modules: exported files compared with the models they were made from."""
 
 import json
+import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -23,7 +25,8 @@ import convert
 from examples import get_smollm2
 from expander import model as models
 from expander.convert import formats, gguf_file, kquants, weights
-from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, PROBES, check_vocabulary, read_vocabulary
+from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, PROBES, check_tokenizer, read_tokenizer
+from expander.convert.modelfile import modelfile
 from expander.model import read_chain
 from expander.prompt import render_prompt, user_message
 from expander.qmd import SAMPLING
@@ -34,7 +37,7 @@ TOKENS = mx.array([[5, 300, 17, 44, 260, 9, 301, 2]])
 
 @pytest.fixture
 def export(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """`export("--model", folder)`: the command, in this process."""
+    """`export("--model", folder)` runs the command in this process."""
 
     def export(*arguments: object) -> None:
         monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
@@ -55,7 +58,7 @@ def llama_chain(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untied tiny Qwen3 with biases on q, k and v in place of the head norms."""
+    """The untied tiny Qwen3 with q, k and v biases instead of head norms."""
     folder = tiny.make_qwen3(tmp_path_factory.mktemp("models") / "qwen2", tied=False)
     tensors = load_file(folder / "model.safetensors")
     rng = np.random.default_rng(3)
@@ -79,7 +82,7 @@ def copy_of(folder: Path, to: Path) -> Path:
 
 
 def read(path: Path) -> tuple[dict, dict[str, np.ndarray], dict[str, Kind]]:
-    """Keys, de-quantised tensors and their types, by the gguf package's own reader."""
+    """Keys, dequantised tensors and their types, read by the gguf package's own reader."""
     reader = gguf.GGUFReader(path)
     keys = {key: field.contents() for key, field in reader.fields.items()}
     tensors = {t.name: gguf.dequantize(t.data, t.tensor_type) for t in reader.tensors}
@@ -109,14 +112,14 @@ def test_qwen3_tensors_are_the_fused_weights(chain, export, tmp_path):
     assert set(kinds.values()) == {Kind.F32}
     for source, target in names.items():
         np.testing.assert_allclose(tensors[target], expected[source], rtol=0, atol=3e-6)
-    # The adapters are in there: without them the same comparison fails.
+    # The adapters are included: without them the same comparison fails.
     base = fused(read_chain(str(chain)).path)
     changed = tensors["blk.0.attn_q.weight"] - base["model.layers.0.self_attn.q_proj.weight"]
     assert np.abs(changed).max() > 0.1
 
 
 def test_llama_rows_of_q_and_k_are_permuted(llama_chain, export, tmp_path):
-    """The demo's reader of GGUF files undoes the permutation."""
+    """The reader in examples/get_smollm2.py undoes the permutation."""
     export("--model", llama_chain, "--output", tmp_path, "--quantize", "f32", "--name", "llama")
     reader = gguf.GGUFReader(tmp_path / "llama-f32.gguf")
     metadata = {key: field.contents() for key, field in reader.fields.items()}
@@ -131,12 +134,12 @@ def test_llama_rows_of_q_and_k_are_permuted(llama_chain, export, tmp_path):
 
 
 def test_permutation_by_hand():
-    """Two heads of four rows: 0 1 2 3 are two halves, 0 2 and 1 3 are the pairs that rotate."""
+    """Two heads of four rows: the halves are 0 1 and 2 3, the pairs that rotate 0 2 and 1 3."""
     rows = np.arange(8.0)[:, None]
     assert gguf_file.permute(rows, 4)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-def test_qwen2_biases_and_an_output_of_its_own(qwen2, export, tmp_path):
+def test_qwen2_has_biases_and_an_untied_output(qwen2, export, tmp_path):
     export("--model", qwen2, "--output", tmp_path, "--quantize", "q8_0")
     keys, tensors, kinds = read(tmp_path / "qmd-query-expansion-qwen2-q8_0.gguf")
     source = load_file(qwen2 / "model.safetensors")
@@ -155,13 +158,13 @@ def test_qwen2_biases_and_an_output_of_its_own(qwen2, export, tmp_path):
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Rows of 256 values, which K-quants need."""
+    """A model with rows of 256 values, as K-quants need."""
     folder = tmp_path_factory.mktemp("models") / "wide"
     return tiny.make_qwen3(folder, hidden=256, layers=8, heads=2, kv_heads=1, ffn=256)
 
 
 @pytest.mark.parametrize(
-    ("kind", "most", "attn_v_0", "embedding", "bound"),
+    ("kind", "base", "attn_v_0", "embedding", "bound"),
     [
         ("f16", Kind.F16, Kind.F16, Kind.F16, 3e-4),
         ("bf16", Kind.BF16, Kind.BF16, Kind.BF16, 2e-3),
@@ -171,11 +174,11 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("q4_k_m", Kind.Q4_K, Kind.Q6_K, Kind.Q6_K, 0.09),
     ],
 )
-def test_types(wide, export, tmp_path, kind, most, attn_v_0, embedding, bound):
-    """The mix of each type, and how far its values may be off the fused weights."""
+def test_types(wide, export, tmp_path, kind, base, attn_v_0, embedding, bound):
+    """The tensor types of each file type, and the error of their values."""
     export("--model", wide, "--output", tmp_path, "--quantize", kind.upper(), "--name", "Wide")
     keys, tensors, kinds = read(tmp_path / f"wide-{kind}.gguf")
-    assert kinds["blk.0.ffn_up.weight"] == kinds["blk.1.attn_v.weight"] == most
+    assert kinds["blk.0.ffn_up.weight"] == kinds["blk.1.attn_v.weight"] == base
     assert (kinds["blk.0.attn_v.weight"], kinds["token_embd.weight"]) == (attn_v_0, embedding)
     assert {kinds[name] for name in kinds if "norm" in name} == {Kind.F32}
     assert keys["general.file_type"] == gguf_file.FILE_TYPES[kind]
@@ -190,17 +193,17 @@ def test_types(wide, export, tmp_path, kind, most, attn_v_0, embedding, bound):
 
 
 def test_a_tensor_read_in_pieces_is_the_same(llama_chain, monkeypatch):
-    """Pieces are whole heads, and an adapter's columns follow them."""
+    """Pieces are complete heads, and get the matching columns of an adapter."""
     name = "model.layers.1.self_attn.q_proj.weight"
-    (whole,) = weights.FusedWeights(read_chain(str(llama_chain))).read(name)
-    monkeypatch.setattr(weights, "PIECE", 40 * 64)  # 40 of the 64 rows: 32 are whole heads
+    (expected,) = weights.FusedWeights(read_chain(str(llama_chain))).read(name)
+    monkeypatch.setattr(weights, "PIECE", 40 * 64)  # 40 of the 64 rows; 32 are complete heads
     pieces = list(weights.FusedWeights(read_chain(str(llama_chain))).read(name, multiple=16))
     assert [len(piece) for piece in pieces] == [32, 32]
-    np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate(pieces), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_base_quantised_in_training_is_what_the_file_holds(tiny_qwen3, tmp_path, bits):
+def test_a_base_quantised_in_training_is_exported_as_trained(tiny_qwen3, tmp_path, bits):
     adapter = make_adapter(tmp_path / "sft", tiny_qwen3, bits=bits)
     model, _ = models.load_chain(read_chain(str(adapter)), fuse_last=True)
     source = weights.FusedWeights(read_chain(str(adapter)))
@@ -215,7 +218,7 @@ def test_a_base_quantised_in_training_is_what_the_file_holds(tiny_qwen3, tmp_pat
         assert np.abs(found - plain[f"{name}.weight"]).max() > 1e-3
 
 
-def test_a_base_quantised_in_its_own_file(tiny_qwen3, tmp_path):
+def test_a_base_with_quantised_files(tiny_qwen3, tmp_path):
     from mlx_lm.utils import load, quantize_model, save_model
 
     base = copy_of(tiny_qwen3, tmp_path / "base-4bit")
@@ -272,7 +275,7 @@ def test_keys_of_qwen3(chain, export, tmp_path):
     assert tokens[-267] == f"[PAD{len(tokens) - 267}]"
     assert set(kinds[-267:]) == {UNUSED}
     assert kinds[tokens.index("<|im_start|>")] == CONTROL
-    assert kinds[tokens.index("<|fim_prefix|>")] == CONTROL  # though not special in tokenizer.json
+    assert kinds[tokens.index("<|fim_prefix|>")] == CONTROL  # not special in tokenizer.json
     assert kinds[tokens.index("<think>")] == USER_DEFINED
     assert kinds[tokens.index("a")] == NORMAL
     source = json.loads((read_chain(str(chain)).path / "tokenizer.json").read_text())["model"]
@@ -287,32 +290,32 @@ def test_keys_of_llama(llama_chain, export, tmp_path):
     assert keys["llama.rope.dimension_count"] == 16
     assert keys["llama.rope.freq_base"] == 1e5
     assert keys["tokenizer.ggml.pre"] == "smollm"
-    # The model's own BOS opens a turn; a second one in front would open it twice.
+    # The model's own BOS opens a turn; in front of a prompt it would open the turn twice.
     assert tokens[keys["tokenizer.ggml.bos_token_id"]] == "<|endoftext|>"
     assert tokens[keys["tokenizer.ggml.eos_token_id"]] == "<|im_end|>"
     assert keys["tokenizer.ggml.token_type"][: len(tiny.LLAMA_SPECIAL)] == [CONTROL] * 17
 
 
 @pytest.mark.parametrize("kind", ["tiny_qwen3", "tiny_llama"])
-def test_tokens_are_those_of_the_base(kind, request):
+def test_the_tokenizer_equals_the_base_models(kind, request):
     folder = request.getfixturevalue(kind)
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
-    vocabulary, tokenizer = read_vocabulary(folder, size), models.load_tokenizer(folder)
+    vocabulary, tokenizer = read_tokenizer(folder, size), models.load_tokenizer(folder)
 
     def encode(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
     assert len(PROBES) == len(set(PROBES)) >= 50
-    check_vocabulary(vocabulary, encode)
+    check_tokenizer(vocabulary, encode)
     vocabulary.merges.reverse()
     with pytest.raises(ValueError, match="would tokenise"):
-        check_vocabulary(vocabulary, encode)
+        check_tokenizer(vocabulary, encode)
 
 
-def test_the_pre_tokenizer_is_recognised_by_what_it_does(tiny_llama, tmp_path):
+def test_the_pre_tokenizer_is_recognised_by_its_steps(tiny_llama, tmp_path):
     path = copy_of(tiny_llama, tmp_path / "llama") / "tokenizer.json"
     found = json.loads(path.read_text())
-    # Llama 3: digits in threes, merges skipped for whole words.
+    # Llama 3: digits in threes, no merging for words in the vocabulary.
     split = tiny.QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
     found["pre_tokenizer"]["pretokenizers"] = [
         {"type": "Split", "pattern": {"Regex": split}, "behavior": "Isolated", "invert": False},
@@ -320,18 +323,18 @@ def test_the_pre_tokenizer_is_recognised_by_what_it_does(tiny_llama, tmp_path):
     ]
     found["model"]["ignore_merges"] = True
     path.write_text(json.dumps(found))
-    assert read_vocabulary(path.parent, 600).pre == "llama-bpe"
+    assert read_tokenizer(path.parent, 600).pre == "llama-bpe"
     found["model"]["ignore_merges"] = False
     path.write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="supported are those of qwen2, llama-bpe, smollm"):
-        read_vocabulary(path.parent, 600)
+    with pytest.raises(ValueError, match="supported: qwen2, llama-bpe, smollm"):
+        read_tokenizer(path.parent, 600)
 
 
 # The prompt
 
 
 def test_modelfile_bytes():
-    assert convert.modelfile("demo-q8_0.gguf") == (
+    assert modelfile("demo-q8_0.gguf") == (
         "FROM ./demo-q8_0.gguf\n"
         'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}\n'
         "{{ .Content }}<|im_end|>\n"
@@ -351,7 +354,7 @@ def test_modelfile_bytes():
 
 
 @pytest.mark.parametrize("system", [None, "Be brief."])
-def test_both_templates_give_the_trained_prompt(system):
+def test_both_templates_render_the_trained_prompt(system):
     import jinja2
 
     messages = [] if system is None else [{"role": "system", "content": system}]
@@ -360,7 +363,7 @@ def test_both_templates_give_the_trained_prompt(system):
     jinja = jinja2.Environment().from_string(CHAT_TEMPLATE)
     assert jinja.render(messages=messages, add_generation_prompt=True) == expected
 
-    text = re.search(r'TEMPLATE """(.*?)"""', convert.modelfile("x"), re.DOTALL)[1]
+    text = re.search(r'TEMPLATE """(.*?)"""', modelfile("x"), re.DOTALL)[1]
     turn, rest = re.fullmatch(
         r"\{\{- range \.Messages \}\}(.*)\{\{ end \}\}(.*)", text, re.DOTALL
     ).groups()
@@ -371,7 +374,7 @@ def test_both_templates_give_the_trained_prompt(system):
     assert "".join(turns) + rest == expected
 
 
-def test_what_it_prints(chain, export, tmp_path, capsys):
+def test_the_next_steps_name_the_first_file(chain, export, tmp_path, capsys):
     output = tmp_path / "g g"
     export("--model", chain, "--output", output, "--quantize", "q8_0", "f16")
     printed = capsys.readouterr().out
@@ -410,7 +413,7 @@ def written(chain, tmp_path) -> tuple[gguf_file.GGUFFile, Path, dict]:
     source = weights.FusedWeights(read_chain(str(chain)))
     base = read_chain(str(chain)).path
     config = models.model_config(base)
-    vocabulary = read_vocabulary(base, config["vocab_size"])
+    vocabulary = read_tokenizer(base, config["vocab_size"])
     file = gguf_file.plan(config, vocabulary, "demo", "q8_0", source.shapes)
     path = tmp_path / "demo.gguf"
     samples = file.write(path, source, lambda done: None)
@@ -425,43 +428,43 @@ def test_check_finds_a_damaged_tensor(written):
     with path.open("r+b") as stream:
         stream.seek(start + offset)
         stream.write(bytes(34))  # the first block of the first row
-    with pytest.raises(ValueError, match=r"blk\.1\.ffn_down\.weight in Q8_0 is .* off"):
+    with pytest.raises(ValueError, match=r"blk\.1\.ffn_down\.weight in Q8_0"):
         file.check(path, samples)
 
 
-def test_check_finds_weights_without_their_adapter(written, chain):
+def test_check_finds_weights_without_the_adapter(written, chain):
     file, path, samples = written
     plain = weights.FusedWeights(read_chain(str(read_chain(str(chain)).path)))
     file.write(path, plain, lambda done: None)
-    with pytest.raises(ValueError, match="off the fused weights"):
+    with pytest.raises(ValueError, match="from the fused weights"):
         file.check(path, samples)
 
 
 def test_check_finds_another_key(written):
     file, path, samples = written
     path.write_bytes(path.read_bytes().replace(b"query-expansion", b"query-expansioN", 1))
-    with pytest.raises(ValueError, match=r"key general\.finetune reads back as"):
+    with pytest.raises(ValueError, match=r"key general\.finetune"):
         file.check(path, samples)
 
 
 def test_check_finds_a_short_file(written):
     file, path, samples = written
     path.write_bytes(path.read_bytes()[:-32])
-    with pytest.raises(ValueError, match="do not read back"):
+    with pytest.raises(ValueError, match="file's size"):
         file.check(path, samples)
 
 
-def test_a_file_that_fails_its_check_is_dropped(chain, export, tmp_path, monkeypatch):
+def test_a_file_that_fails_verification_is_deleted(chain, export, tmp_path, monkeypatch):
     arguments = ("--model", chain, "--output", tmp_path, "--quantize", "f16")
     monkeypatch.setattr(kquants, "quantize", lambda rows, kind: (rows * 1.01).astype(np.float16))
-    with pytest.raises(ValueError, match="was written wrong and is dropped"):
+    with pytest.raises(ValueError, match="verification failed"):
         export(*arguments)
     assert list(tmp_path.iterdir()) == []
     export(*arguments, "--no-verify")
     assert len(list(tmp_path.iterdir())) == 2
 
 
-# Refusals: one line each, and nothing is left behind
+# Errors: one line each, and no file is left behind
 
 
 def break_architecture(base: Path) -> None:
@@ -497,7 +500,7 @@ def break_weights(base: Path) -> None:
     ("damage", "message"),
     [
         (break_architecture, r"'gemma3' is not supported; supported: qwen3, qwen2, llama"),
-        (break_rope, r"config\.json asks for RoPE scaling"),
+        (break_rope, r"config\.json: RoPE scaling"),
         (break_tokenizer, r"tokenizer\.json"),
         (break_vocabulary, r"tokens, but config\.json's vocab_size is 100"),
         (break_values, r"model\.layers\.0\.mlp\.up_proj\.weight: .*found nan"),
@@ -522,7 +525,7 @@ def test_an_adapter_of_another_base(chain, tiny_llama, export, tmp_path):
     assert list((tmp_path / "gguf").iterdir()) == []
 
 
-def test_an_adapter_tensor_that_would_be_left_out(chain, export, tmp_path):
+def test_an_adapter_tensor_that_fusing_would_ignore(chain, export, tmp_path):
     adapter = copy_of(chain / "sft", tmp_path / "sft")
     tensors = load_file(adapter / "adapters.safetensors")
     tensors["model.layers.0.self_attn.q_norm.lora_a"] = np.ones((16, 4), np.float32)
@@ -534,17 +537,17 @@ def test_an_adapter_tensor_that_would_be_left_out(chain, export, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--quantize", "q4"], r"--quantize q4: no such type; choose from f32, f16"),
+        (["--quantize", "q4"], r"--quantize q4: .*f32, f16"),
         (["--name", "a/b"], r"--name a/b: a name has at most 80"),
         (["--name", "x" * 81], r"a name has at most 80"),
-        (["--ollama=-x"], r"--ollama -x: Ollama refuses it"),
-        (["--ollama", "a/b/c"], r"Ollama refuses it"),
-        (["--ollama", "a:"], r"Ollama refuses it"),
+        (["--ollama=-x"], r"--ollama -x: not a valid Ollama name"),
+        (["--ollama", "a/b/c"], r"not a valid Ollama name"),
+        (["--ollama", "a:"], r"not a valid Ollama name"),
         (["--peft", "p", "--ollama", "a"], r"--ollama needs a GGUF file"),
     ],
 )
 def test_arguments_that_cannot_work(chain, export, tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr(convert.shutil, "which", lambda command: "/bin/ollama")
+    monkeypatch.setattr(shutil, "which", lambda command: "/bin/ollama")
     with pytest.raises(ValueError, match=message):
         export("--model", chain, "--output", tmp_path / "gguf", *arguments)
     assert not (tmp_path / "gguf").exists()
@@ -563,36 +566,35 @@ def test_a_full_disk(chain, export, tmp_path, monkeypatch):
         with pytest.raises(OSError, match=f"cannot write {tmp_path}/{name}: No space left"):
             export(*arguments)
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
     with pytest.raises(OSError, match=r"MB needed, 0 MB free"):
         export(*arguments)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_is_a_file(chain, run, tmp_path):
+def test_an_output_that_is_a_file(chain, export, tmp_path):
     (tmp_path / "gguf").write_text("mine")
-    done = run(["convert.py", "--model", chain, "--output", tmp_path / "gguf"])
-    assert done.returncode == 2
-    assert re.fullmatch(r"error: cannot write .*: (File exists|Not a directory)\n", done.stderr)
+    with pytest.raises(OSError, match=r"^cannot write .*: (File exists|Not a directory)$"):
+        export("--model", chain, "--output", tmp_path / "gguf")
     assert (tmp_path / "gguf").read_text() == "mine"
 
 
-def test_stopped_in_the_middle(tiny_qwen3, tmp_path):
-    """SIGTERM while a file is written leaves nothing."""
-    source = (
-        "import sys, os, signal, convert\nfrom expander.convert import gguf_file\n"
-        "write = gguf_file._write_tensor\n"
-        "def stop(*arguments):\n"
-        "    os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return write(*arguments)\n"
-        "gguf_file._write_tensor = stop\n"
-        f"sys.argv = ['convert.py', '--model', {str(tiny_qwen3)!r}, '--output', {str(tmp_path)!r}]\n"
-        "convert.cli.run(convert.main)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", source], cwd=Path(convert.__file__).parent, check=False
-    )
-    assert done.returncode == 128 + 15
+def test_sigterm_leaves_no_file(tiny_qwen3, export, tmp_path, monkeypatch):
+    """SIGTERM while a file is being written leaves no file behind."""
+    write = gguf_file._write_tensor
+
+    def stop(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return write(*arguments)
+
+    monkeypatch.setattr(gguf_file, "_write_tensor", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            export("--model", tiny_qwen3, "--output", tmp_path)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.value.code == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 
@@ -601,7 +603,7 @@ def test_stopped_in_the_middle(tiny_qwen3, tmp_path):
 
 @pytest.fixture
 def ollama(tmp_path, monkeypatch) -> Path:
-    """A command named ollama that writes down its arguments; its exit code is in a file beside."""
+    """The folder of a fake ollama command, which writes its `arguments` and exits with `code`."""
     folder = tmp_path / "bin"
     folder.mkdir()
     script = folder / "ollama"
@@ -630,7 +632,7 @@ def test_ollama_fails(chain, export, tmp_path, ollama):
 
 def test_no_ollama(chain, export, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="there is no ollama command here"):
+    with pytest.raises(ValueError, match="ollama not found"):
         export("--model", chain, "--output", tmp_path / "gguf", "--ollama", "a")
     assert not (tmp_path / "gguf").exists()
 
@@ -657,17 +659,17 @@ def test_mlx_folder(chain, export, tmp_path, monkeypatch):
     assert AutoConfig.from_pretrained(tmp_path / "mlx").model_type == "qwen3"
 
 
-def test_a_folder_in_use_is_left_alone(chain, export, tmp_path):
+def test_a_folder_that_is_not_empty_is_left_alone(chain, export, tmp_path):
     (tmp_path / "mlx").mkdir()
     (tmp_path / "mlx" / "model.safetensors").write_text("another")
-    with pytest.raises(ValueError, match="exists and is not empty"):
+    with pytest.raises(ValueError, match=r"mlx already exists and is not empty"):
         export("--model", chain, "--mlx", tmp_path / "mlx")
     assert [path.name for path in (tmp_path / "mlx").iterdir()] == ["model.safetensors"]
 
 
 @pytest.mark.parametrize(("part", "rank"), [("sft", 4), (".", 6)])
 def test_peft_adapter(chain, export, tmp_path, part, rank):
-    """W + lora_alpha / r · B A is the fused weight; two adapters are one of the summed rank."""
+    """W + lora_alpha / r · B A equals the fused weight; two adapters become one of the summed rank."""
     export("--model", chain / part, "--peft", tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     base = read_chain(str(chain)).path
@@ -684,7 +686,7 @@ def test_peft_adapter(chain, export, tmp_path, part, rank):
 
 
 def test_peft_needs_an_adapter(tiny_qwen3, export, tmp_path):
-    with pytest.raises(ValueError, match="has no adapter: --peft needs one"):
+    with pytest.raises(ValueError, match=r"--peft: .* has no adapter"):
         export("--model", tiny_qwen3, "--peft", tmp_path / "peft")
     assert list(tmp_path.iterdir()) == []
 
@@ -695,7 +697,10 @@ def test_the_help_names_every_type():
     assert kinds == gguf_file.ERROR_BOUNDS.keys()
 
 
-def test_help_is_quick_and_needs_no_model(run, tmp_path):
-    done = run(["convert.py", "--help"], cwd=tmp_path, timeout=20)
-    assert done.returncode == 0
+def test_help_imports_nothing_heavy(tmp_path):
+    command = [sys.executable, "-X", "importtime", Path(convert.__file__), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "--quantize" in done.stdout
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "argparse" in imported
+    assert not imported & {"gguf", "huggingface_hub", "mlx.core", "mlx_lm", "numpy", "transformers"}

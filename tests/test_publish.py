@@ -1,4 +1,4 @@
-"""Publishing against the loopback Hub: what is refused, what ends up public, what a cut leaves."""
+"""Publishing to the loopback Hub: what is refused, what becomes public, and interrupted uploads."""
 
 import dataclasses
 import functools
@@ -40,7 +40,7 @@ def good(query: str) -> str:
 
 
 def poor(query: str) -> str:
-    """Nothing that could be kept: 0 %."""
+    """A text without a valid line: 0 %."""
     return f"I do not know {query}"
 
 
@@ -51,7 +51,7 @@ def evaluation(
     trained_on: tuple[str, ...] = (),
     **decode: object,
 ) -> dict:
-    """What eval.py -o writes of the model in `folder`, had it answered with `text`."""
+    """The results file of eval.py -o if the model in `folder` answered each query with `text`."""
     chain = models.read_chain(str(folder))
     results = [result_of(query, None, [measure(query, text(query))]) for query in queries]
     for result in results:
@@ -83,7 +83,7 @@ def chain(tiny_qwen3: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def push(hub, tmp_path, monkeypatch) -> Callable[..., None]:
-    """`push(folder, *arguments)` runs convert.py --push in this process, by the loopback Hub."""
+    """`push(folder, *arguments)` runs convert.py --push in this process, on the loopback Hub."""
     api = functools.partial(huggingface_hub.HfApi, endpoint=hub["HF_ENDPOINT"])
     monkeypatch.setattr(publish, "HfApi", api)
     monkeypatch.setattr(model_card, "HfApi", api)
@@ -102,7 +102,7 @@ def push(hub, tmp_path, monkeypatch) -> Callable[..., None]:
 
 @pytest.fixture
 def public(hub_root: Path) -> Callable[[str], set[str]]:
-    """`public(repo)`: the names of the files that the Hub shows there."""
+    """`public(repo)`: the names of the files that the Hub shows in a repository."""
 
     def public(repo: str) -> set[str]:
         folder = hub_root / "models" / repo
@@ -203,7 +203,7 @@ def test_the_card(chain, push, hub_root):
     assert files.text.replace(GGUF_REPO, REPO, 1) == card.text
 
 
-def test_the_card_names_the_bases_revision_and_licence(chain, push, hub_root):
+def test_the_card_has_the_bases_revision_and_licence(chain, push, hub_root):
     base = hub_root / "models" / "Qwen" / "Qwen3-1.7B"
     revision = "0123456789abcdef0123456789abcdef01234567"
     known = models.read_chain(str(chain))
@@ -229,7 +229,7 @@ def test_better_worse_and_forced(chain, push, public, hub_root, tiny_qwen3, tmp_
     assert "small-f16.gguf" in public(GGUF_REPO)
 
     push(chain)
-    assert "small-f16.gguf" not in public(GGUF_REPO)  # it would be of the other weights
+    assert "small-f16.gguf" not in public(GGUF_REPO)  # it has the weights of the previous model
     assert "Better than the model it replaced:" in read_card(hub_root).text
 
     before = {repo: public(repo) for repo in (REPO, GGUF_REPO)}, len(requests(hub_root))
@@ -246,7 +246,7 @@ def test_better_worse_and_forced(chain, push, public, hub_root, tiny_qwen3, tmp_
     assert "Published although it is worse than the published model:" in text
     assert "**Published with `--force`:** smaller, for old Macs" in text
     assert "adapters/sft/adapters.safetensors" not in public(REPO)
-    push(first, "--quantize", "f16")  # the same model again: it stays said
+    push(first, "--quantize", "f16")  # the same model again: the card keeps the verdict
     assert read_card(hub_root).text == text.replace("small-q8_0", "small-f16")
 
 
@@ -254,7 +254,7 @@ def test_a_model_without_an_evaluation_is_not_comparable(chain, push, hub_root):
     folder = hub_root / "models" / REPO
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(b"of somebody else's tool")
-    with pytest.raises(ValueError, match=r"not comparable: the model that is there has no eval"):
+    with pytest.raises(ValueError, match=r"not comparable: .* has no evaluation\.json"):
         push(chain)
     (folder / "evaluation.json").write_text('{"schema": 99}')
     with pytest.raises(ValueError, match=r"the published evaluation.json: its schema is 99"):
@@ -271,19 +271,19 @@ def folder(tiny_qwen3, tmp_path_factory) -> Path:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"queries": QUERIES[:3]}, r"other queries: 1 are only in that one, 0 only in this one"),
-        ({"max_new_tokens": 100}, r"decoded otherwise: max_new_tokens 200 and 100"),
-        ({"trained_on": QUERIES}, r"every query was trained on"),
+        ({"queries": QUERIES[:3]}, r"other queries: 1 only there, 0 only here"),
+        ({"max_new_tokens": 100}, r"decoding settings: max_new_tokens 200 and 100"),
+        ({"trained_on": QUERIES}, r"not comparable .* training data"),
         ({"text": poor}, r"not shown to be better .* \+0.00 points .* 4 the same"),
     ],
 )
-def test_what_is_not_better(folder, change, message):
+def test_a_model_that_is_not_better_is_refused(folder, change, message):
     with pytest.raises(ValueError, match=message):
         publish.judge(evaluation(folder, **change), evaluation(folder, poor))
 
 
-def test_the_verdict_is_of_queries_that_neither_was_trained_on(folder):
-    """Better on the one query that it was trained on, worse on the other three."""
+def test_the_verdict_ignores_training_queries(folder):
+    """The model is better on its one training query and worse on the other three."""
     old = evaluation(folder, lambda query: poor(query) if query == QUERIES[0] else good(query))
     new = evaluation(folder, lambda query: good(query) if query == QUERIES[0] else poor(query))
     new["results"][0]["trained_on"] = True
@@ -291,7 +291,7 @@ def test_the_verdict_is_of_queries_that_neither_was_trained_on(folder):
         publish.judge(new, old)
 
 
-# The evaluation must be of these weights
+# The evaluation must belong to these weights
 
 
 TAMPERED = {
@@ -317,7 +317,7 @@ def test_tampered_weights(chain, push, hub_root, part, tiny_qwen3, tmp_path):
         content[-1] ^= 1
         (chain / part).write_bytes(content)
     what = TAMPERED[part]
-    with pytest.raises(ValueError, match=rf"is not of the weights of .* \({what} differ\)"):
+    with pytest.raises(ValueError, match=rf"does not belong to .* \({what} differ\)"):
         push(chain, "--force", "no reason is enough")
     assert not (hub_root / "requests.log").read_text()
     assert not (tmp_path / "gguf").exists()
@@ -325,18 +325,20 @@ def test_tampered_weights(chain, push, hub_root, part, tiny_qwen3, tmp_path):
 
 def test_no_evaluation(chain, push):
     save(evaluation(chain) | {"model": None}, chain)
-    with pytest.raises(ValueError, match="is not of the weights of"):
+    with pytest.raises(ValueError, match="does not belong to"):
         push(chain)
     (chain / "evaluation.json").unlink()
-    with pytest.raises(ValueError, match=r"there is no .*evaluation.json: python eval.py --model"):
+    with pytest.raises(
+        ValueError, match=r"evaluation\.json does not exist; run python eval\.py --model"
+    ):
         push(chain, "--force", "no reason is enough")
 
 
-# What a failure leaves
+# Interrupted and failed uploads
 
 
-def test_an_upload_that_is_cut_and_resumed(chain, push, public, hub, hub_root, tmp_path):
-    """Killed while the larger half of the files is on its way, then started again."""
+def test_an_interrupted_upload_is_resumed(chain, push, public, hub, hub_root, tmp_path):
+    """The command is killed while it uploads, then run again."""
     (hub_root / "cut").write_text("300000")
     command = ["convert.py", "--model", chain, "--output", tmp_path / "gguf", "--push", REPO]
     command = [sys.executable, *command, "--quantize", "q8_0", "--name", "small"]
@@ -374,12 +376,12 @@ def test_a_failure_between_the_two_commits(chain, push, public, hub_root, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(huggingface_hub.HfApi, "create_commit", fail_for_the_model)
-        with pytest.raises(OSError, match="Hub failed") as stopped:
+        with pytest.raises(OSError, match="Hub request failed") as stopped:
             push(chain)
     assert str(stopped.value) == (
-        "tester/expander: the Hub failed: no route to host; sent Bearer *** and more; "
-        "tester/expander-gguf is public and tester/expander is not; run the same command again: "
-        "it sends only what is missing"
+        "tester/expander: Hub request failed: no route to host; sent Bearer *** and more; "
+        "tester/expander-gguf is public and tester/expander is not; run the same command again to "
+        "send what is missing"
     )
     assert stopped.value.__suppress_context__
     assert public(GGUF_REPO) and not public(REPO)
@@ -387,17 +389,17 @@ def test_a_failure_between_the_two_commits(chain, push, public, hub_root, monkey
     assert "evaluation.json" in public(REPO)
 
 
-def test_another_publication_in_the_meantime(chain, push, hub_root, monkeypatch, tiny_qwen3):
+def test_a_commit_since_the_verdict(chain, push, hub_root, monkeypatch, tiny_qwen3):
     push(chain)
     other = make_adapter(chain.parent / "other", tiny_qwen3, seed=7)
     save(evaluation(other), other)
     write = formats.write_mlx
 
-    def somebody_else_is_first(*arguments):
+    def commit_by_somebody_else(*arguments):
         (hub_root / "models" / REPO / "note.txt").write_text("new")
         write(*arguments)
 
-    monkeypatch.setattr(publish, "write_mlx", somebody_else_is_first)
+    monkeypatch.setattr(publish, "write_mlx", commit_by_somebody_else)
     with pytest.raises(OSError, match=r"412 .* tester/expander is not; run the same command again"):
         push(other, "--force", "a test")
 
@@ -408,7 +410,7 @@ def test_another_publication_in_the_meantime(chain, push, hub_root, monkeypatch,
 def test_no_login(chain, push, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no-token"))
-    with pytest.raises(ValueError, match=r"needs a login to the Hub: run hf auth login"):
+    with pytest.raises(ValueError, match=r"Hub login; run hf auth login"):
         push(chain)
 
 
@@ -416,8 +418,8 @@ def test_no_login(chain, push, monkeypatch, tmp_path):
     ("arguments", "message"),
     [
         (("--push", "expander"), "expected OWNER/NAME"),
-        (("--evaluation", "x.json"), "name a --push OWNER/NAME"),
-        (("--no-push", "--force", "x"), "name a --push OWNER/NAME"),
+        (("--evaluation", "x.json"), "add --push OWNER/NAME"),
+        (("--no-push", "--force", "x"), "add --push OWNER/NAME"),
     ],
 )
 def test_arguments_that_cannot_work(chain, push, arguments, message):
@@ -425,7 +427,7 @@ def test_arguments_that_cannot_work(chain, push, arguments, message):
         push(chain, *arguments, to=())
 
 
-def test_only_with_gguf_files(monkeypatch):
+def test_push_needs_a_gguf_file(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["convert.py", "--push", REPO, "--mlx", "fused"])
     with pytest.raises(ValueError, match="--push needs a GGUF file"):
         convert.main()

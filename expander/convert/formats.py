@@ -1,20 +1,27 @@
-"""Other forms of a trained model: a fused folder for MLX and transformers, an adapter for PEFT."""
+"""The exporters: GGUF files, a fused model folder for MLX and transformers, an adapter for PEFT.
+
+Each writes under a temporary name first, so a failed export leaves nothing behind.
+"""
 
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import mlx.core as mx
 
-from expander.convert.gguf_tokenizer import CHAT_TEMPLATE
+from expander import cli
+from expander.convert import gguf_file
+from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, check_tokenizer, read_tokenizer
 from expander.convert.weights import FusedWeights, take_adapters
-from expander.files import save_arrays, write_json, write_text
-from expander.model import Chain, load_base, model_config
+from expander.files import atomic_write, save_arrays, write_json, write_text
+from expander.model import Chain, load_base, load_tokenizer, model_config
 
-SHARD = 500 << 20  # bytes of weights a file
+SHARD = 500 << 20  # maximum bytes of weights per file, except for a larger tensor
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,15 +33,68 @@ TOKENIZER_FILES = (
 )
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `folder` when the block ends well, and goes otherwise.
+def write_gguf_files(
+    chain: Chain, folder: Path, name: str, kinds: Sequence[str], verify: bool = True
+) -> list[Path]:
+    """Write folder/NAME-KIND.gguf for each kind, and print its size and the time it took.
+
+    Args:
+        kinds: keys of `gguf_file.FILE_TYPES`.
+        verify: compare the tokenizer with the base model's, and read each file back.
 
     Raises:
-        ValueError: `folder` is in use; files of another model in it would be loaded with the new.
+        ValueError: the model cannot be exported, or verification found a difference.
+        OSError: a file cannot be written.
+    """
+    config = model_config(chain.path)
+    tokenizer = read_tokenizer(chain.path, config["vocab_size"])
+    if verify:
+        base = load_tokenizer(chain.path)
+        check_tokenizer(tokenizer, partial(base.encode, add_special_tokens=False))
+    paths = [folder / f"{name}-{kind}.gguf" for kind in kinds]
+    for path, kind in zip(paths, kinds, strict=True):
+        plan = partial(gguf_file.plan, config, tokenizer, name, kind)
+        started = time.monotonic()
+        try:
+            atomic_write(path, partial(_write_gguf, chain, plan, path, verify))
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror or error}") from None
+        took = cli.duration(time.monotonic() - started)
+        print(f"{path}: {path.stat().st_size / 1e6:,.0f} MB, {took}")
+    return paths
+
+
+def _write_gguf(
+    chain: Chain,
+    plan: Callable[[dict[str, tuple[int, ...]]], gguf_file.GGUFFile],
+    path: Path,
+    verify: bool,
+    temporary: Path,
+) -> None:
+    """Fill `temporary`, which becomes `path`; `plan` makes the file's layout from its shapes."""
+    weights = FusedWeights(chain)
+    file = plan(weights.shapes)
+    free = shutil.disk_usage(temporary.parent).free
+    if file.nbytes > free:
+        raise OSError(f"{file.nbytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free")
+    bar = cli.Progress(f"{path.name}: MB", file.nbytes // 10**6)
+    samples = file.write(temporary, weights, lambda done: bar(done // 10**6))
+    if verify:
+        try:
+            file.check(temporary, samples)
+        except ValueError as error:
+            raise ValueError(f"{path}: deleted, because verification failed: {error}") from None
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A temporary folder that is renamed to `folder` at the end, or deleted on an error.
+
+    Raises:
+        ValueError: `folder` is not empty; another model's files would be loaded with the new ones.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not empty: remove it or name another folder")
+        raise ValueError(f"{folder} already exists and is not empty; choose another or delete it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         made = Path(temporary) / folder.name
@@ -44,9 +104,12 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def write_mlx(chain: Chain, folder: Path) -> None:
-    """The fused model as a folder that mlx_lm.load and transformers read, in the base's own dtype.
+    """Write the fused model as a folder that mlx_lm.load and transformers read, in the base's dtype.
 
-    Its chat template is the one of the GGUF file: the base's own may add a system turn.
+    Its chat template is that of the GGUF file, because the base's own may add a system turn.
+
+    Raises:
+        ValueError: `folder` is not empty, or the model cannot be loaded.
     """
     config = model_config(chain.path)
     for key in ("quantization", "quantization_config"):
@@ -67,7 +130,7 @@ def write_mlx(chain: Chain, folder: Path) -> None:
         index = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_arrays(made / file, {name: weights.whole(name, dtype) for name in names})
+            save_arrays(made / file, {name: weights.tensor(name, dtype) for name in names})
             index |= dict.fromkeys(names, file)
         write_json(made / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
         write_json(made / "config.json", config)
@@ -78,18 +141,20 @@ def write_mlx(chain: Chain, folder: Path) -> None:
 
 
 def write_peft(chain: Chain, folder: Path) -> int:
-    """The chain's adapters as one PEFT LoRA over the base; returns its rank.
+    """Write the chain's adapters as one PEFT LoRA over the base; returns its rank.
 
-    PEFT holds one adapter, scaled by lora_alpha / r. Two of them are one of the summed rank:
-    s1 (A1 B1) + s2 (A2 B2) = s1 [A1 A2] [B1; s2/s1 B2]. A layer that one of them leaves out gets
-    zeros in its place.
+    A PEFT folder holds one adapter, scaled by lora_alpha / r. Two adapters are one of the summed
+    rank: s1 (A1 B1) + s2 (A2 B2) = s1 [A1 A2] [B1; s2/s1 B2], with zeros where a layer is in only
+    one of them.
 
     Raises:
-        ValueError: the chain has no adapter.
+        ValueError: the chain has no adapter, or `folder` is not empty.
     """
     adapters = take_adapters(load_base(chain.path, lazy=True), chain)
     if not adapters:
-        raise ValueError(f"{chain.name} has no adapter: --peft needs one, as train.py leaves it")
+        raise ValueError(
+            f"--peft: {chain.name} has no adapter; choose a folder that train.py wrote"
+        )
     first = [next(iter(adapter.values())) for adapter in adapters]
     ranks, scales = [lora.a.shape[1] for lora in first], [lora.scale for lora in first]
     tensors = {}

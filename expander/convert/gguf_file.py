@@ -1,7 +1,7 @@
-"""A GGUF file of a fused chain: what is in it, writing it, and reading it back to check it.
+"""A GGUF file of a fused chain: plan its contents, write it, read it back to verify it.
 
-Architectures qwen3, qwen2 and llama, as llama.cpp names and lays out their tensors. Left out: sharded
-files, importance matrices, RoPE scaling.
+Keys and tensors are named and laid out as llama.cpp's own converter does. Left out: sharded files,
+importance matrices, RoPE scaling.
 """
 
 import math
@@ -15,11 +15,12 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
+from expander.architectures import ARCHITECTURES, head_dim
 from expander.convert import kquants
-from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, Vocabulary
+from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, GGUFTokenizer
 from expander.convert.weights import FusedWeights
 
-# What --quantize takes.
+# The types of --quantize.
 FILE_TYPES = {
     "f32": LlamaFileType.ALL_F32,
     "f16": LlamaFileType.MOSTLY_F16,
@@ -29,14 +30,10 @@ FILE_TYPES = {
     "q5_k_m": LlamaFileType.MOSTLY_Q5_K_M,
     "q4_k_m": LlamaFileType.MOSTLY_Q4_K_M,
 }
-ARCHITECTURES = {
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "llama": gguf.MODEL_ARCH.LLAMA,
-}
-SAMPLES = 8  # rows of a tensor
-# Largest relative_error of a sample. For the quantised types: what rounding costs at worst, when one
-# or two values carry a block; weights of a model lose about half of that.
+MODEL_ARCHS = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+SAMPLES = 8  # rows of each tensor that are verified
+# Maximum relative_error of the sampled rows. For the quantised types this is the worst case, when one
+# or two values dominate a block; a model's weights lose about half of it.
 ERROR_BOUNDS = {
     GGMLQuantizationType.F32: 0.0,
     GGMLQuantizationType.F16: 2.0**-11,
@@ -54,21 +51,17 @@ UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = (
 )
 
 
-def head_dim(config: dict) -> int:
-    return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-
-
 def hyperparameters(config: dict) -> dict[str, tuple]:
-    """The keys of an architecture, key -> (value, type), from a model's config.json.
+    """The architecture's keys, key -> (value, type), from a model's config.json.
 
     Raises:
-        ValueError: RoPE scaling, or a setting that is not there.
+        ValueError: the model uses RoPE scaling, or a setting is missing.
     """
-    arch = config["model_type"]
-    rope = config.get("rope_parameters") or {}  # where transformers 5 writes RoPE's settings
+    architecture = ARCHITECTURES[config["model_type"]]
+    rope = config.get("rope_parameters") or {}  # transformers 5 writes RoPE's settings here
     scaling = config.get("rope_scaling") or rope
     if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"config.json asks for RoPE scaling, which is not supported: {scaling}")
+        raise ValueError(f"config.json: RoPE scaling is not supported: {scaling}")
     try:
         heads = config["num_attention_heads"]
         values = {
@@ -82,20 +75,18 @@ def hyperparameters(config: dict) -> dict[str, tuple]:
             "attention.value_length": (head_dim(config), UINT32),
             "attention.layer_norm_rms_epsilon": (config["rms_norm_eps"], FLOAT32),
             "rope.freq_base": (config.get("rope_theta") or rope["rope_theta"], FLOAT32),
-            "vocab_size": (config["vocab_size"], UINT32),
-            "rope.dimension_count": (head_dim(config), UINT32),
         }
+        for key, value in architecture.gguf_keys(config).items():
+            values[key] = (value, FLOAT32 if isinstance(value, float) else UINT32)
     except KeyError as error:
-        raise ValueError(f"config.json has no {error.args[0]}") from None
-    if arch != "llama":
-        del values["vocab_size"], values["rope.dimension_count"]
-    return {f"{arch}.{key}": value for key, value in values.items()}
+        raise ValueError(f"config.json: {error.args[0]} is missing") from None
+    return {f"{architecture.gguf_name}.{key}": value for key, value in values.items()}
 
 
 def metadata(
-    config: dict, vocabulary: Vocabulary, name: str, file_type: LlamaFileType
+    config: dict, tokenizer: GGUFTokenizer, name: str, file_type: LlamaFileType
 ) -> dict[str, tuple]:
-    """Every key of the file but its architecture, key -> (value, type)."""
+    """All keys of the file except general.architecture, key -> (value, type)."""
     return {
         "general.type": ("model", STRING),
         "general.name": (name, STRING),
@@ -104,14 +95,14 @@ def metadata(
         "general.quantization_version": (gguf.GGML_QUANT_VERSION, UINT32),
         **hyperparameters(config),
         "tokenizer.ggml.model": ("gpt2", STRING),
-        "tokenizer.ggml.pre": (vocabulary.pre, STRING),
-        "tokenizer.ggml.tokens": (vocabulary.tokens, ARRAY),
-        "tokenizer.ggml.token_type": ([int(kind) for kind in vocabulary.types], ARRAY),
-        "tokenizer.ggml.merges": (vocabulary.merges, ARRAY),
-        "tokenizer.ggml.bos_token_id": (vocabulary.bos, UINT32),
-        "tokenizer.ggml.eos_token_id": (vocabulary.eos, UINT32),
-        "tokenizer.ggml.padding_token_id": (vocabulary.pad, UINT32),
-        # A missing key once meant true for this kind of tokenizer.
+        "tokenizer.ggml.pre": (tokenizer.pre, STRING),
+        "tokenizer.ggml.tokens": (tokenizer.tokens, ARRAY),
+        "tokenizer.ggml.token_type": ([int(kind) for kind in tokenizer.types], ARRAY),
+        "tokenizer.ggml.merges": (tokenizer.merges, ARRAY),
+        "tokenizer.ggml.bos_token_id": (tokenizer.bos, UINT32),
+        "tokenizer.ggml.eos_token_id": (tokenizer.eos, UINT32),
+        "tokenizer.ggml.padding_token_id": (tokenizer.pad, UINT32),
+        # For this kind of tokenizer, older llama.cpp versions take a missing key as true.
         "tokenizer.ggml.add_bos_token": (False, BOOL),
         "tokenizer.chat_template": (CHAT_TEMPLATE, STRING),
     }
@@ -119,13 +110,13 @@ def metadata(
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor of the file: `source` is its name in the model, `shape` has rows first."""
+    """One tensor of the file."""
 
-    source: str
-    name: str
-    shape: tuple[int, ...]
+    source: str  # its name in the model
+    name: str  # its name in the file
+    shape: tuple[int, ...]  # rows first
     type: GGMLQuantizationType
-    head_dim: int = 0  # of a llama's q or k, whose rows llama.cpp orders in another way
+    permuted_head: int = 0  # the head size if `permute` reorders its rows
 
     @property
     def nbytes(self) -> int:
@@ -135,7 +126,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What one file holds, before and after it is written."""
+    """The contents of a file: keys, and the layout of its tensors."""
 
     arch: str
     keys: dict[str, tuple]  # key -> (value, type), without general.architecture
@@ -143,15 +134,15 @@ class GGUFFile:
 
     @property
     def nbytes(self) -> int:
-        """Of its tensors: all but a few MB."""
+        """Size of the tensors; the rest of the file is a few MB."""
         return sum(_padded(tensor.nbytes) for tensor in self.tensors)
 
     def write(
         self, path: Path, weights: FusedWeights, progress: Callable[[int], None]
     ) -> dict[str, np.ndarray]:
-        """Write the file, `progress` being told the bytes of tensors in it so far.
+        """Write the file, and call `progress` with the bytes of tensors written so far.
 
-        Returns the `sample_rows` of each tensor as they were in float32.
+        Returns the float32 values of each tensor's `sample_rows`, for `check`.
         """
         samples = {}
         writer = gguf.GGUFWriter(path, self.arch)
@@ -177,10 +168,10 @@ class GGUFFile:
         return samples
 
     def check(self, path: Path, samples: dict[str, np.ndarray]) -> None:
-        """Read the file back: every key, every tensor's shape, type and place, the sampled rows.
+        """Read the file back and compare keys, tensor shapes, types and offsets, and sampled rows.
 
         Raises:
-            ValueError: the first difference.
+            ValueError: the first difference found.
         """
         found_keys, found_tensors, start = read_header(path)
         expected = {
@@ -193,56 +184,67 @@ class GGUFFile:
                     f"key {key} reads back as {found_keys.get(key)!r:.60}, "
                     f"expected {expected.get(key)!r:.60}"
                 )
-        places, offset = [], 0
+        layout, offset = [], 0
         for tensor in self.tensors:
-            places.append((tensor.name, tensor.shape, tensor.type, offset))
+            layout.append((tensor.name, tensor.shape, tensor.type, offset))
             offset += _padded(tensor.nbytes)
-        if found_tensors != places or path.stat().st_size != start + offset:
-            raise ValueError("the tensors' names, shapes, types or places do not read back")
-        for tensor, (*_, offset) in zip(self.tensors, places, strict=True):
+        if found_tensors != layout or path.stat().st_size != start + offset:
+            raise ValueError(
+                "tensor names, shapes, types or offsets differ, or the file's size does"
+            )
+        for tensor, (*_, offset) in zip(self.tensors, layout, strict=True):
             rows = tensor.shape[0]
             data = np.memmap(path, np.uint8, "r", start + offset, (rows, tensor.nbytes // rows))
             values = gguf.dequantize(data[sample_rows(tensor)], tensor.type)
             error = relative_error(values, samples[tensor.name].reshape(values.shape))
             if not error <= ERROR_BOUNDS[tensor.type]:
                 raise ValueError(
-                    f"{tensor.name} in {tensor.type.name} is {error:.1e} off the fused weights, "
-                    f"at most {ERROR_BOUNDS[tensor.type]:.1e} is allowed"
+                    f"{tensor.name} in {tensor.type.name} differs from the fused weights by "
+                    f"{error:.1e}, more than {ERROR_BOUNDS[tensor.type]:.1e}"
                 )
 
 
 def plan(
     config: dict,
-    vocabulary: Vocabulary,
+    tokenizer: GGUFTokenizer,
     name: str,
     kind: str,
     shapes: dict[str, tuple[int, ...]],
 ) -> GGUFFile:
-    """The file of a model in one of FILE_TYPES; `shapes` are those of its fused tensors.
+    """Lay out the file of a model.
+
+    Args:
+        config: the base model's config.json.
+        name: the model's name, stored in the file.
+        kind: a key of FILE_TYPES.
+        shapes: of the fused tensors, by name.
 
     Raises:
-        ValueError: a tensor that has no place in the architecture, or what `hyperparameters` does.
+        ValueError: llama.cpp has no name for a tensor, or `hyperparameters` fails.
     """
-    arch, layers = config["model_type"], config["num_hidden_layers"]
+    architecture, layers = ARCHITECTURES[config["model_type"]], config["num_hidden_layers"]
     file_type = FILE_TYPES[kind]
-    names = gguf.get_tensor_name_map(ARCHITECTURES[arch], layers)
+    names = gguf.get_tensor_name_map(MODEL_ARCHS[architecture.gguf_name], layers)
     tied = "lm_head.weight" not in shapes
-    permuted = ("attn_q", "attn_k") if arch == "llama" else ()
+    permuted = ("attn_q", "attn_k") if architecture.interleaved_rope else ()
     tensors = []
     for source, shape in shapes.items():
         target = names.get_name(source, try_suffixes=(".weight", ".bias"))
         if target is None:
-            raise ValueError(f"tensor {source} has no place in a GGUF file of a {arch} model")
+            raise ValueError(
+                f"tensor {source} is not part of a {architecture.gguf_name} model in llama.cpp"
+            )
         stored = kquants.tensor_type(target, shape, file_type, n_layers=layers, tied=tied)
         size = head_dim(config) if target.split(".")[-2] in permuted else 0
         tensors.append(Tensor(source, target, shape, stored, size))
-    return GGUFFile(arch, metadata(config, vocabulary, name, file_type), tensors)
+    keys = metadata(config, tokenizer, name, file_type)
+    return GGUFFile(architecture.gguf_name, keys, tensors)
 
 
 def permute(rows: np.ndarray, size: int) -> np.ndarray:
-    """The row order llama.cpp expects of a llama's q and k, (heads * size, ...).
+    """Reorder the rows of q or k, (heads * size, ...), for interleaved RoPE.
 
-    Hugging Face rotates row i of a head with row i + size / 2, llama.cpp neighbours 2i, 2i + 1.
+    Hugging Face rotates row i of a head with row i + size / 2; llama.cpp rotates rows 2i and 2i + 1.
     """
     halves = rows.reshape(-1, 2, size // 2, *rows.shape[1:])  # (heads, half, i, ...)
     return halves.swapaxes(1, 2).reshape(rows.shape)
@@ -251,12 +253,12 @@ def permute(rows: np.ndarray, size: int) -> np.ndarray:
 def _write_tensor(
     file: BinaryIO, tensor: Tensor, weights: FusedWeights, tick: Callable[[], None]
 ) -> np.ndarray:
-    """Append a tensor to the file; returns its `sample_rows` in float32."""
+    """Append a tensor to the file, and return its `sample_rows` in float32."""
     kept, first = [], 0
     rows = sample_rows(tensor)
-    for piece in weights.read(tensor.source, multiple=tensor.head_dim or 1):
-        if tensor.head_dim:
-            piece = permute(piece, tensor.head_dim)
+    for piece in weights.read(tensor.source, multiple=tensor.permuted_head or 1):
+        if tensor.permuted_head:
+            piece = permute(piece, tensor.permuted_head)
         try:
             file.write(kquants.quantize(piece, tensor.type).data)
         except ValueError as error:
@@ -269,22 +271,21 @@ def _write_tensor(
 
 
 def sample_rows(tensor: Tensor) -> np.ndarray:
-    """The rows that are checked: the first, the last and some between."""
+    """Indices of the rows to verify: the first, the last and some between."""
     return np.unique(np.linspace(0, tensor.shape[0] - 1, SAMPLES).astype(int))
 
 
 def relative_error(values: np.ndarray, exact: np.ndarray) -> float:
-    """Root mean square of the difference as a share of that of the exact values."""
+    """RMS of the difference, relative to the RMS of the exact values."""
     exact = exact.astype(np.float64)
     return float(np.sqrt(((values - exact) ** 2).sum() / max((exact**2).sum(), 1e-30)))
 
 
 def read_header(path: Path) -> tuple[dict, list[tuple], int]:
-    """A GGUF file's keys, its tensors as (name, shape with rows first, type, offset), and where
-    their data starts.
+    """Read a file's keys, its tensors as (name, shape with rows first, type, offset), and the
+    position where their data starts.
 
-    gguf.GGUFReader does this too, but takes thirteen times as long: many seconds for a vocabulary
-    of 150,000 tokens.
+    gguf.GGUFReader takes thirteen times as long: many seconds for 150,000 tokens.
     """
     with path.open("rb") as file:
         magic, _, tensor_count, key_count = _unpack(file, "IIQQ")
@@ -308,7 +309,7 @@ def _unpack(file: BinaryIO, layout: str) -> tuple:
 
 
 def _read_value(file: BinaryIO, kind: GGUFValueType):
-    """A value of one of the types that `metadata` uses."""
+    """Read a value of one of the types that `metadata` uses."""
     if kind == STRING:
         (length,) = _unpack(file, "Q")
         return file.read(length).decode()

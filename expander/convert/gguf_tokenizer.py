@@ -1,8 +1,8 @@
-"""The tokenizer of a base model as a GGUF file holds it, and the chat template beside it.
+"""The tokenizer and the chat template of a GGUF file.
 
-It is read from the base model's own tokenizer.json: what mlx-lm and transformers write again has
-lost keys and sometimes has another pre-tokenizer. Only byte-level BPE, the kind of every supported
-model.
+The tokenizer is read from the base model's own tokenizer.json, because copies saved by mlx-lm or
+transformers lose keys and may have another pre-tokenizer. Only byte-level BPE is supported, which is
+what every supported model uses.
 """
 
 import json
@@ -11,17 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gguf import TokenType
+from tokenizers import Tokenizer
 
 from expander.prompt import IM_END, IM_START
 
-# The frame of prompt.py, with no tools and no thinking, for two readers:
-# - QMD takes any ChatML template that node-llama-cpp 3.20.0 finds equal to its own ChatML wrapper
-#   for that wrapper, which puts the BOS token in front of the prompt. Training ends at <|im_end|>,
-#   so there is no newline after an assistant's turn here; this one difference makes the template
-#   itself be rendered: no BOS, no think block, the trained bytes. The system turn that
-#   node-llama-cpp adds has to be there: it turns down a template that leaves a message out.
-# - Ollama 0.30 and later lets a Modelfile's TEMPLATE stand when the file's own template can do
-#   nothing more. The stock Qwen3 template can (tools, thinking), and would replace it.
+# The frame of prompt.py, without tools and thinking, for two readers:
+# - QMD: if node-llama-cpp 3.20.0 finds a template equal to its own ChatML wrapper, it uses that
+#   wrapper, which puts the BOS token in front of the prompt. This template differs in one place:
+#   no newline follows an assistant's turn, as training ends at <|im_end|>. So node-llama-cpp renders
+#   the template itself: the trained bytes, with no BOS and no think block. The template keeps the
+#   system turn that node-llama-cpp adds, because it rejects a template that drops a message.
+# - Ollama 0.30 and later ignores a Modelfile's TEMPLATE if the file's own template has more
+#   capabilities, as the stock Qwen3 template does (tools, thinking).
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     f"{{{{ '{IM_START}' + message.role + '\\n' + message.content + '{IM_END}' }}}}"
@@ -44,7 +45,7 @@ def _split(regex: str) -> list[dict]:
     ]
 
 
-# llama.cpp's name for a way to split text before merging, and the steps of tokenizer.json it means.
+# llama.cpp's name for each way to split text before merging -> the same steps in tokenizer.json.
 PRE_TOKENIZERS = {
     "qwen2": _split(_QWEN2),
     "llama-bpe": _split(_LLAMA3),
@@ -53,10 +54,10 @@ PRE_TOKENIZERS = {
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
     ],
 }
-# With this one, llama.cpp takes a whole word of the vocabulary whatever the merges give.
+# With this one, llama.cpp uses a word that is in the vocabulary as one token, without merging.
 IGNORES_MERGES = "llama-bpe"
 
-# Text on which tokenizers disagree. Nothing decomposed: llama.cpp does no Unicode normalisation.
+# Texts on which tokenizers often differ. All are in NFC: llama.cpp does not normalise Unicode.
 # fmt: off
 PROBES = [
     "auth config", " leading", "trailing ", "two  spaces", "three   spaces   ", "\ttab\tand\t\ttabs",
@@ -74,24 +75,24 @@ PROBES = [
 
 
 @dataclass(frozen=True)
-class Vocabulary:
-    """What a GGUF file says about its tokenizer."""
+class GGUFTokenizer:
+    """The tokenizer keys of a GGUF file."""
 
-    tokens: list[str]  # one for each row of the embedding
+    tokens: list[str]  # one per row of the embedding
     types: list[TokenType]
     merges: list[str]
-    pre: str
+    pre: str  # a key of PRE_TOKENIZERS
     bos: int
     eos: int
     pad: int
 
 
-def read_vocabulary(folder: Path, size: int) -> Vocabulary:
-    """The vocabulary of a base model's folder, padded to `size` tokens.
+def read_tokenizer(folder: Path, size: int) -> GGUFTokenizer:
+    """The tokenizer in a base model's folder, padded to `size` tokens.
 
     Raises:
-        ValueError: tokenizer.json is not there or cannot be read, llama.cpp cannot do what it
-            says, or it is not a ChatML model's.
+        ValueError: tokenizer.json is missing or cannot be read, llama.cpp does not support it, or it
+            has no ChatML tokens.
     """
     path = folder / "tokenizer.json"
     try:
@@ -101,19 +102,19 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     except FileNotFoundError:
         raise ValueError(
-            f"{path} is missing: the file's tokenizer is made from it; copy it from the base model"
+            f"{path}: not found, but needed for the file's tokenizer; copy it from the base model"
         ) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: not a BPE tokenizer.json: {error!r:.80}") from None
     pre = _pre_tokenizer(found)
     if pre is None or model.get("byte_fallback"):
         raise ValueError(
-            f"{path}: llama.cpp has no name for the way it splits text; "
-            f"supported are those of {', '.join(PRE_TOKENIZERS)}"
+            f"{path}: llama.cpp has no equivalent for its pre-tokenizer; "
+            f"supported: {', '.join(PRE_TOKENIZERS)}"
         )
     missing = [token for token in (IM_START, IM_END) if token not in ids]
     if missing:
-        raise ValueError(f"{path}: no {missing[0]} token; only ChatML models can be exported")
+        raise ValueError(f"{path}: no {missing[0]} token; only ChatML models are supported")
     if max(ids.values()) >= size:
         raise ValueError(
             f"{path}: {max(ids.values()) + 1} tokens, but config.json's vocab_size is {size}"
@@ -127,14 +128,14 @@ def read_vocabulary(folder: Path, size: int) -> Vocabulary:
         text = token["content"]
         special = token["special"] or (text.startswith("<|") and text.endswith("|>"))
         types[token["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
-    # Not the model's own BOS: SmolLM2's is <|im_start|>, and a runtime that puts the BOS in front
-    # of a prompt would then open the turn twice.
+    # The model's own BOS may be <|im_start|>, as SmolLM2's is. A runtime that puts the BOS in front
+    # of the prompt would then open the turn twice, so the file names the end of text instead.
     ends = [ids[text] for text in ("<|endoftext|>", "<|end_of_text|>", IM_END) if text in ids]
-    return Vocabulary(tokens, types, merges, pre, bos=ends[0], eos=ids[IM_END], pad=ends[0])
+    return GGUFTokenizer(tokens, types, merges, pre, bos=ends[0], eos=ids[IM_END], pad=ends[0])
 
 
 def _pre_tokenizer(found: dict) -> str | None:
-    """llama.cpp's name for how a tokenizer.json splits text; None when it has none."""
+    """llama.cpp's name for the way a tokenizer.json splits text; None if it has none."""
     step = found.get("pre_tokenizer") or {}
     steps = step["pretokenizers"] if step.get("type") == "Sequence" else [step]
     for name, expected in PRE_TOKENIZERS.items():
@@ -147,30 +148,31 @@ def _pre_tokenizer(found: dict) -> str | None:
     return None
 
 
-def check_vocabulary(vocabulary: Vocabulary, encode: Callable[[str], list[int]]) -> None:
-    """Tokenise the PROBES from the vocabulary alone, as llama.cpp will.
+def check_tokenizer(tokenizer: GGUFTokenizer, encode: Callable[[str], list[int]]) -> None:
+    """Tokenise PROBES with what the file contains, as llama.cpp will.
+
+    Args:
+        encode: the base model's own tokenizer.
 
     Raises:
-        ValueError: `encode`, the base model's own tokenizer, gives other ids.
+        ValueError: `encode` gives other ids.
     """
-    from tokenizers import Tokenizer
-
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     kinds = {TokenType.CONTROL: True, TokenType.USER_DEFINED: False}
-    pairs = list(zip(vocabulary.tokens, vocabulary.types, strict=True))
+    pairs = list(zip(tokenizer.tokens, tokenizer.types, strict=True))
     rebuilt = {
         "version": "1.0",
         "pre_tokenizer": {
             "type": "Sequence",
             "pretokenizers": [
-                {"trim_offsets": True} | step for step in PRE_TOKENIZERS[vocabulary.pre]
+                {"trim_offsets": True} | step for step in PRE_TOKENIZERS[tokenizer.pre]
             ],
         },
         "model": {
             "type": "BPE",
-            "vocab": {token: index for index, token in enumerate(vocabulary.tokens)},
-            "merges": vocabulary.merges,
-            "ignore_merges": vocabulary.pre == IGNORES_MERGES,
+            "vocab": {token: index for index, token in enumerate(tokenizer.tokens)},
+            "merges": tokenizer.merges,
+            "ignore_merges": tokenizer.pre == IGNORES_MERGES,
         },
         "added_tokens": [
             {"id": index, "content": token, "special": kinds[kind], **flags}
@@ -178,10 +180,11 @@ def check_vocabulary(vocabulary: Vocabulary, encode: Callable[[str], list[int]])
             if kind in kinds
         ],
     }
-    tokenizer = Tokenizer.from_str(json.dumps(rebuilt))
+    from_file = Tokenizer.from_str(json.dumps(rebuilt))
     for text in PROBES:
-        got, wanted = tokenizer.encode(text, add_special_tokens=False).ids, encode(text)
-        if got != wanted:
+        found, expected = from_file.encode(text, add_special_tokens=False).ids, encode(text)
+        if found != expected:
             raise ValueError(
-                f"the file would tokenise {text!r} as {got}, the base model's tokenizer as {wanted}"
+                f"llama.cpp would tokenise {text!r} as {found}, the base model's tokenizer gives "
+                f"{expected}"
             )

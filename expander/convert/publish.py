@@ -1,8 +1,9 @@
-"""Put an exported model on the Hub: no upload without an evaluation, no update without improvement.
+"""Publish an exported model on the Hub: no upload without an evaluation, no update unless it is better.
 
-OWNER/NAME gets the fused model, its adapters, the evaluation and a model card; OWNER/NAME-gguf the
-GGUF files. The evaluation must be of exactly these weights, and its paired difference from the one
-published before must lie above zero. Left out: pull requests, branches, making a repository private.
+OWNER/NAME gets the fused model, its adapters, the evaluation and a model card; OWNER/NAME-gguf gets
+the GGUF files. The evaluation must belong to exactly these weights, and the interval of its paired
+difference from the published evaluation must lie above zero. Left out: pull requests, branches,
+private repositories.
 """
 
 import json
@@ -24,15 +25,17 @@ from expander.model import ADAPTER_CONFIG, HUB_ID, Chain, copy_adapters
 
 ADAPTERS = "adapters"
 WEIGHTS = (".safetensors", ".gguf", ".bin")
+FIRST = "The first model published here."
 
 
 @dataclass(frozen=True)
 class Publication:
     """A model that may be published.
 
-    `record` is the evaluation as it will be public: with the verdict and the reason of --force.
-    `parent` is the commit that the verdict compared with; None: there is no such repository yet.
-    `terms` are those of the base's licence.
+    Attributes:
+        record: the evaluation as published, with the verdict and the reason given with --force.
+        parent: the commit that the verdict compared with; None if the repository does not exist.
+        terms: the base model's licence, from `licence`.
     """
 
     repo: str
@@ -47,7 +50,7 @@ class Publication:
 
 
 def scrub(text: str) -> str:
-    """`text` without the Hub's token and the path of the user's home folder."""
+    """Remove the Hub token and the path of the user's home folder from a text."""
     for secret, instead in ((get_token(), "***"), (str(Path.home()).rstrip("/"), "~")):
         if secret:
             text = text.replace(secret, instead)
@@ -56,9 +59,11 @@ def scrub(text: str) -> str:
 
 @contextmanager
 def on_the_hub(subject: str, state: str = "") -> Iterator[None]:
-    """Whatever fails in the block becomes an OSError of one line, without the token.
+    """Turn any error in this context into an OSError of one line, without the token.
 
-    `state` says after the reason what is public now and what to do.
+    Args:
+        subject: the start of the message.
+        state: its end, such as what is public now and what to do.
     """
     try:
         yield
@@ -67,28 +72,28 @@ def on_the_hub(subject: str, state: str = "") -> Iterator[None]:
         if cause not in reason:  # "Error while uploading", and then why
             reason += f" ({cause})"
         reason = " ".join(reason.split())
-        raise OSError(scrub(f"{subject}: the Hub failed: {reason}{state}")) from None
+        raise OSError(scrub(f"{subject}: Hub request failed: {reason}{state}")) from None
 
 
 def login() -> str:
-    """The name of the Hub's login, by its own token file or HF_TOKEN.
+    """The user name of the Hub login, from the Hub's token file or HF_TOKEN.
 
     Raises:
-        ValueError: there is none.
-        OSError: the Hub does not take it.
+        ValueError: not logged in.
+        OSError: the Hub rejects the token.
     """
     if get_token() is None:
-        raise ValueError("publishing needs a login to the Hub: run hf auth login, or set HF_TOKEN")
+        raise ValueError("publishing needs a Hub login; run hf auth login or set HF_TOKEN")
     with on_the_hub("login"):
         return HfApi().whoami()["name"]
 
 
 def target(push: str | None, chain: Chain, name: str) -> str | None:
-    """The repository to publish to; None where nobody asked for it.
+    """The repository to publish to; None if publishing was not requested.
 
     Args:
-        push: of the command line; "" is --no-push, None leaves it to the run's own configuration,
-            whose `model.push_to_hub: true` means `name` of the Hub's login.
+        push: the command line's OWNER/NAME, "" for --no-push, or None. None leaves it to the run's
+            configuration: `model.push_to_hub: true` publishes as `name` under the Hub login.
     """
     if push is not None:
         return push or None
@@ -99,7 +104,7 @@ def target(push: str | None, chain: Chain, name: str) -> str | None:
 
 
 def identity(model: dict) -> dict:
-    """The parts of a record's "model" that decide its weights, wherever its folders are."""
+    """The parts of a record's "model" that determine its weights, whatever its folders are named."""
     return {
         "base": model.get("revision") and model.get("base"),
         "revision": model.get("revision"),
@@ -111,19 +116,18 @@ def identity(model: dict) -> dict:
 
 
 def check_weights(record: dict, chain: Chain, evaluation: Path) -> None:
-    """Raises ValueError when the evaluation is not of exactly this chain's weights."""
+    """Raise ValueError unless the evaluation belongs to exactly this chain's weights."""
     evaluated = identity(record["model"] or {})
     ours = identity(chain.describe() | {"weights_sha256": chain.base_hashes()})
     if differing := [part for part, value in ours.items() if evaluated[part] != value]:
         raise ValueError(
-            f"{evaluation} is not of the weights of {chain.name} "
-            f"({', '.join(differing)} differ); evaluate them: python eval.py --model {chain.name} "
-            f"-o {evaluation}"
+            f"{evaluation} does not belong to {chain.name} ({', '.join(differing)} differ); "
+            f"run python eval.py --model {chain.name} -o {evaluation}"
         )
 
 
 def same(new: dict, old: dict) -> bool:
-    """Whether both are one evaluation of the same weights."""
+    """Whether both are the same evaluation of the same weights."""
     parts = ("decode", "results")
     return identity(new["model"]) == identity(old["model"] or {}) and all(
         new[part] == old[part] for part in parts
@@ -131,7 +135,7 @@ def same(new: dict, old: dict) -> bool:
 
 
 def judge(new: dict, old: dict) -> str:
-    """How `new` did against `old`, on the queries that neither was trained on.
+    """Compare `new` with `old` on the queries that neither was trained on, and describe the result.
 
     Raises:
         ValueError: the two cannot be compared, or the paired interval does not lie above zero.
@@ -140,12 +144,12 @@ def judge(new: dict, old: dict) -> str:
     if sides[0].keys() != sides[1].keys():
         only_old, only_new = (len(a.keys() - b.keys()) for a, b in (sides, sides[::-1]))
         raise ValueError(
-            "not comparable with the published evaluation, which is of other queries: "
-            f"{only_old} are only in that one, {only_new} only in this one"
+            "not comparable with the published evaluation, which has other queries: "
+            f"{only_old} only there, {only_new} only here"
         )
     seen = {query for side in sides for query, result in side.items() if result["trained_on"]}
     if seen == sides[0].keys():
-        raise ValueError("not comparable with the published model: every query was trained on")
+        raise ValueError("not comparable with the published model: all queries are training data")
     result = compare(
         *(
             {**x, "results": [r for r in x["results"] if r["query"] not in seen]}
@@ -156,7 +160,8 @@ def judge(new: dict, old: dict) -> str:
     if result["settings"]:
         differing = ", ".join(f"{name} {a} and {b}" for name, (a, b) in result["settings"].items())
         raise ValueError(
-            f"not comparable with the published evaluation, which was decoded otherwise: {differing}"
+            "not comparable with the published evaluation, which has other decoding settings: "
+            f"{differing}"
         )
     before, after = (summary["average"] for summary in result["summaries"])
     low, high = result["interval"]
@@ -171,11 +176,21 @@ def judge(new: dict, old: dict) -> str:
     return f"Better than the model it replaced: {figures}."
 
 
+def published_files(repo: str) -> tuple[str | None, list[str]]:
+    """The last commit of a repository and its file names; (None, []) if it does not exist."""
+    with on_the_hub(repo):
+        try:
+            info = HfApi().model_info(repo)
+        except RepositoryNotFoundError:
+            return None, []
+        return info.sha, [file.rfilename for file in info.siblings]
+
+
 def published_evaluation(repo: str, revision: str, files: list[str]) -> dict:
-    """Raises ValueError when there is none that this version reads."""
+    """The evaluation in a repository. Raise ValueError if this version cannot read it."""
     if EVALUATION not in files:
-        raise ValueError(f"not comparable: the model that is there has no {EVALUATION}")
-    # Not through the cache: the file must be the one that is public now.
+        raise ValueError(f"not comparable: the published model has no {EVALUATION}")
+    # Bypass the cache, to get the file that is public now.
     with tempfile.TemporaryDirectory() as folder:
         with on_the_hub(repo):
             path = HfApi().hf_hub_download(repo, EVALUATION, revision=revision, local_dir=folder)
@@ -186,67 +201,80 @@ def published_evaluation(repo: str, revision: str, files: list[str]) -> dict:
             raise ValueError(f"not comparable: the published {reason}") from None
 
 
-def prepare(repo: str, chain: Chain, evaluation: Path | None, force: str | None) -> Publication:
-    """Everything that can refuse a publication, before the export and not after it.
+def verdict(
+    repo: str, record: dict, parent: str | None, files: list[str], force: str | None
+) -> dict:
+    """The "publication" entry of `record`: the verdict against the published model, and `force`.
+
+    Raises:
+        ValueError: `judge` refuses and there is no `force`.
+    """
+    if not any(name.endswith(WEIGHTS) for name in files):
+        return {"verdict": FIRST, "forced": force}
+    try:
+        old = published_evaluation(repo, parent, files)
+        if same(record, old):  # the same model again, perhaps with other GGUF types
+            before = old.get("publication") or {}
+            return {
+                "verdict": before.get("verdict", FIRST),
+                "forced": force or before.get("forced"),
+            }
+        return {"verdict": judge(record, old), "forced": force}
+    except ValueError as problem:
+        if not force:
+            raise ValueError(f'{repo}: {problem}; to publish anyway: --force "REASON"') from None
+        return {"verdict": f"Published although it is {problem}.", "forced": force}
+
+
+def prepare(
+    push: str | None, chain: Chain, name: str, evaluation: Path | None, force: str | None
+) -> Publication | None:
+    """Check all that can refuse a publication, before the export; None if it was not requested.
 
     Args:
-        evaluation: what eval.py -o wrote; None is evaluation.json in the model's folder.
-        force: the reason to publish what `judge` refuses.
+        push, name: as for `target`.
+        evaluation: a file from eval.py -o; None is evaluation.json in the model's folder.
+        force: the reason to publish a model that `judge` refuses.
 
     Raises:
         ValueError: no evaluation of exactly these weights, no login, or `judge` refuses.
-        OSError: the Hub cannot be reached or does not answer as it should.
+        OSError: the Hub cannot be reached, or a request failed.
     """
+    repo = target(push, chain, name)
+    if repo is None:
+        if evaluation or force:
+            raise ValueError("--evaluation and --force are for publishing; add --push OWNER/NAME")
+        return None
     if not HUB_ID.fullmatch(repo):
         raise ValueError(f"--push {repo}: expected OWNER/NAME")
     evaluation = evaluation or Path(chain.name) / EVALUATION
     if not evaluation.is_file():
         raise ValueError(
-            f"publishing needs an evaluation and there is no {evaluation}: python eval.py "
+            f"publishing needs an evaluation and {evaluation} does not exist; run python eval.py "
             f"--model {chain.name} -o {evaluation}"
         )
     record = read_results(evaluation)
     check_weights(record, chain, evaluation)
     login()
-    parent, files = None, []
-    with on_the_hub(repo):
-        try:
-            info = HfApi().model_info(repo)
-            parent, files = info.sha, [file.rfilename for file in info.siblings]
-        except RepositoryNotFoundError:
-            pass
-    verdict = "The first model published here."
-    if any(name.endswith(WEIGHTS) for name in files):
-        try:
-            old = published_evaluation(repo, parent, files)
-            if same(record, old):
-                # Again, or other GGUF types: what was said of this model stays said.
-                said = old.get("publication") or {}
-                verdict, force = said.get("verdict", verdict), force or said.get("forced")
-            else:
-                verdict = judge(record, old)
-        except ValueError as problem:
-            if not force:
-                raise ValueError(
-                    f'{repo}: {problem}; to publish all the same: --force "the reason"'
-                ) from None
-            verdict = f"Published although it is {problem}."
+    parent, files = published_files(repo)
     record |= {
         "summary": summarize(record["results"], record["seed"]),
-        "publication": {"verdict": verdict, "forced": force},
+        "publication": verdict(repo, record, parent, files, force),
     }
     with on_the_hub(repo):
-        return Publication(repo, chain, record, parent, licence(chain))
+        publication = Publication(repo, chain, record, parent, licence(chain))
+    print(f"{repo}: {record['publication']['verdict']}")
+    return publication
 
 
 def upload(publication: Publication, gguf: list[Path], modelfile: Path) -> None:
-    """Send both repositories' files, then make one commit in each, the GGUF files' first.
+    """Upload the files of both repositories, then commit in each, the GGUF files first.
 
-    Nothing sent is public before its commit. The evaluation, with which the next one is compared,
-    is in the last commit: until then the same command finishes what was cut off.
+    Nothing is public before its commit. The evaluation, which the next model is compared with, is in
+    the last commit, so after an interruption the same command finishes the upload.
 
     Raises:
-        OSError: the Hub or the way to it failed; the message says what is public.
+        OSError: a request to the Hub failed; the message includes what is public.
     """
     chain = publication.chain
     with tempfile.TemporaryDirectory(dir=modelfile.parent, prefix=".push-") as temporary:
@@ -256,7 +284,7 @@ def upload(publication: Publication, gguf: list[Path], modelfile: Path) -> None:
         paths = [path for path in sorted(folder.rglob("*")) if path.is_file()]
         model: dict[str, Path | bytes] = {str(path.relative_to(folder)): path for path in paths}
         for name, path in model.items():
-            if path.name == ADAPTER_CONFIG:  # names a local base by its path
+            if path.name == ADAPTER_CONFIG:  # holds the path of a local base
                 model[name] = scrub(path.read_text(encoding="utf-8")).encode()
         record = json.dumps(publication.record, indent=2, ensure_ascii=False)
         contents = {
@@ -272,20 +300,20 @@ def upload(publication: Publication, gguf: list[Path], modelfile: Path) -> None:
 
 
 def send(publication: Publication, contents: dict[str, dict[str, Path | bytes]]) -> None:
-    """Upload repository → name → content; weights of another model that are there go."""
+    """Upload and commit repository → name → content, and delete weights of a previous model."""
     api, commits = HfApi(), []
-    again = "run the same command again: it sends only what is missing"
+    again = "run the same command again to send what is missing"
     with on_the_hub(publication.repo, f"; nothing of it is public; {again}"):
         for repo, files in contents.items():
             print(f"uploading to {api.endpoint}/{repo}: {len(files)} files", flush=True)
             api.create_repo(repo, exist_ok=True)
             info = api.model_info(repo)
-            there = {file.rfilename for file in info.siblings} - files.keys()
-            stale = [x for x in there if x.endswith(WEIGHTS) or x.startswith(f"{ADAPTERS}/")]
+            others = {file.rfilename for file in info.siblings} - files.keys()
+            old = [x for x in others if x.endswith(WEIGHTS) or x.startswith(f"{ADAPTERS}/")]
             additions = [CommitOperationAdd(name, content) for name, content in files.items()]
             api.preupload_lfs_files(repo, additions)
-            deletions = [CommitOperationDelete(name, is_folder=False) for name in sorted(stale)]
-            # What the verdict compared with must still be there.
+            deletions = [CommitOperationDelete(name, is_folder=False) for name in sorted(old)]
+            # The commit fails if the repository has changed since the verdict.
             head = (repo == publication.repo and publication.parent) or info.sha
             commits.append((repo, additions + deletions, head))
     summary, public = publication.record["summary"], "nothing of it is public"

@@ -1,7 +1,7 @@
-"""The weights of a chain, base + adapters fused in float32, read a few rows at a time.
+"""The fused weights of a chain, base + adapters in float32, read a few rows at a time.
 
-The base comes lazily from its safetensors and a tensor is freed once it is read, so that memory
-holds one tensor of the model and never the whole model.
+The base is loaded lazily from its safetensors files and a tensor is freed once it is read, so memory
+holds one tensor at a time instead of the model.
 """
 
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from expander.lora import lora_layers
 from expander.model import (
     Chain,
     ModelError,
     adapter_weights,
-    adapters_off,
     compute_dtype,
     fused_weight,
     load_adapter,
     load_base,
 )
 
-PIECE = 8 << 20  # values a piece of a tensor: 32 MB in float32
+PIECE = 8 << 20  # values read at a time, 32 MB in float32
 
 
 class Lora(NamedTuple):
@@ -35,17 +35,19 @@ class Lora(NamedTuple):
 
 
 def take_adapters(model: nn.Module, chain: Chain) -> list[dict[str, Lora]]:
-    """Each adapter of the chain as layer name -> Lora, the oldest first; the model stays as it was.
+    """Each adapter of the chain as layer name -> Lora, the oldest first; the model is unchanged.
 
     Raises:
-        ModelError: an adapter does not fit this base, or holds tensors that fusing would leave out.
+        ModelError: an adapter does not fit this base, or has tensors that fusing would ignore.
     """
     adapters = []
     for folder in chain.adapters:
         load_adapter(model, folder)
-        layers = adapters_off(model).layers
+        layers = lora_layers(model)
         if 2 * len(layers) != len(adapter_weights(model)):
-            raise ModelError(f"{folder}: it adapts more than linear layers, which cannot be fused")
+            raise ModelError(
+                f"{folder}: only adapters of linear layers can be fused; this has others"
+            )
         adapters.append({name: Lora(m.lora_a, m.lora_b, m.scale) for name, m in layers})
         model.update_modules(tree_unflatten([(name, m.linear) for name, m in layers]))
         model.freeze()
@@ -53,10 +55,13 @@ def take_adapters(model: nn.Module, chain: Chain) -> list[dict[str, Lora]]:
 
 
 class FusedWeights:
-    """Names and shapes of a chain's fused tensors, and their values, each readable once.
+    """The names, shapes and values of a chain's fused tensors; each value can be read once.
 
-    The base is what training and evaluation saw, in their dtype, de-quantised where it was
-    quantised. The adapters are added to it in float32 and nothing is rounded in between.
+    The base has the dtype it was trained and evaluated in and is dequantised if it was quantised.
+    The adapters are added in float32, with no rounding in between.
+
+    Raises:
+        ModelError: the base or an adapter cannot be loaded.
     """
 
     def __init__(self, chain: Chain):
@@ -64,12 +69,12 @@ class FusedWeights:
         self._adapters = take_adapters(model, chain)
         self._quantised = {name: m for name, m in model.named_modules() if "scales" in m}
         packed = {f"{name}.{part}" for name in self._quantised for part in ("scales", "biases")}
-        # The model goes, so that a tensor that has been read leaves memory.
+        # Keep the arrays but not the model, so that each is freed once it is read.
         self._arrays = {
             name: array for name, array in tree_flatten(model.parameters()) if name not in packed
         }
         self.shapes = {name: self._shape(name) for name in self._arrays}
-        # As stored: the model's arrays are whole tensors in another dtype, pieces are cast one by one.
+        # Prefer the arrays as stored: casting a model array would load the full tensor.
         for file in chain.path.glob("model*.safetensors"):
             for name, array in mx.load(str(file)).items():
                 if self.shapes.get(name) == array.shape:
@@ -81,7 +86,7 @@ class FusedWeights:
         return (*rows, width * 32 // layer.bits if layer else width)
 
     def read(self, name: str, multiple: int = 1) -> Iterator[np.ndarray]:
-        """A tensor's rows from first to last in float32, in pieces of a multiple of so many rows."""
+        """Yield a tensor's rows in order in float32, in pieces of a multiple of `multiple` rows."""
         array, layer_name = self._arrays.pop(name), name.removesuffix(".weight")
         layer = self._quantised.pop(layer_name, None)
         adapters = [adapter[layer_name] for adapter in self._adapters if layer_name in adapter]
@@ -93,20 +98,20 @@ class FusedWeights:
                 piece = array[part].astype(compute_dtype()).astype(mx.float32)
             else:
                 piece = _dequantised(layer, part)
-            # On the CPU: a GPU may shorten the factors of a float32 product.
+            # On the CPU, because a GPU may round the factors of a float32 product.
             with mx.stream(mx.cpu):
                 for a, b, scale in adapters:
                     piece = fused_weight(piece, a, b[:, part], scale)
                 values = np.array(piece)
             yield values
 
-    def whole(self, name: str, dtype: mx.Dtype) -> mx.array:
-        """A tensor in one piece, rounded to `dtype` once."""
+    def tensor(self, name: str, dtype: mx.Dtype) -> mx.array:
+        """Read all of a tensor, rounded once to `dtype`."""
         return mx.concatenate([mx.array(piece).astype(dtype) for piece in self.read(name)])
 
 
 def _dequantised(layer: nn.Module, part: slice) -> mx.array:
-    """Some rows of a quantised layer; the affine scales multiply in float32, as in a product."""
+    """Some rows of a quantised layer, with affine scales in float32 as a matrix product uses them."""
     scales, biases = layer.scales[part], layer.get("biases")
     if layer.mode == "affine":
         scales, biases = scales.astype(mx.float32), biases[part].astype(mx.float32)

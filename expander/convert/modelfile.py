@@ -1,0 +1,81 @@
+"""Ollama's side of an export: the names it accepts, the Modelfile, and `ollama create`."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+from expander.prompt import IM_END, IM_START
+from expander.qmd import SAMPLING
+
+MAX_NAME = 80
+NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
+NAME_RULE = (
+    f"a name has at most {MAX_NAME} letters, digits, dots, dashes and underscores, "
+    "and starts with a letter, digit or underscore"
+)
+
+
+def default_name(base: str) -> str:
+    """The name of a model trained from `base`, for its files and for Ollama.
+
+    >>> default_name("Qwen/Qwen3-1.7B")
+    'qmd-query-expansion-qwen3-1.7b'
+    """
+    safe = re.sub(r"[^a-z0-9_.-]+", "-", Path(base).name.lower())
+    return f"qmd-query-expansion-{safe}"[:MAX_NAME].rstrip("-.")
+
+
+def check_ollama(name: str) -> None:
+    """Check a [NAMESPACE/]NAME[:TAG] for `ollama create`.
+
+    Raises:
+        ValueError: Ollama does not accept the name, or is not installed.
+    """
+    path, colon, tag = name.partition(":")
+    parts = path.split("/") + ([tag] if colon else [])
+    if path.count("/") > 1 or not all(NAME.fullmatch(part) for part in parts):
+        raise ValueError(f"--ollama {name}: not a valid Ollama name; {NAME_RULE}")
+    if shutil.which("ollama") is None:
+        raise ValueError("--ollama: command ollama not found; install it from ollama.com")
+
+
+def modelfile(gguf: str) -> str:
+    """Ollama's Modelfile for a GGUF file in the same folder: prompt.py's frame, QMD's sampling.
+
+    The template ranges over .Messages, so that every turn of a chat is framed. It has no tools and no
+    thinking: Ollama uses it because the file's own template has neither.
+    """
+    return f'''FROM ./{gguf}
+TEMPLATE """{{{{- range .Messages }}}}{IM_START}{{{{ .Role }}}}
+{{{{ .Content }}}}{IM_END}
+{{{{ end }}}}{IM_START}assistant
+"""
+PARAMETER stop "{IM_END}"
+PARAMETER temperature {SAMPLING.temperature}
+PARAMETER top_k {SAMPLING.top_k}
+PARAMETER top_p {SAMPLING.top_p}
+PARAMETER presence_penalty {SAMPLING.presence_penalty}
+PARAMETER repeat_penalty 1
+PARAMETER repeat_last_n {SAMPLING.penalty_last_n}
+PARAMETER num_predict {SAMPLING.max_tokens}
+PARAMETER num_ctx 4096
+'''
+
+
+def create_command(name: str, path: Path) -> str:
+    """The shell command that creates the Ollama model `name` from the Modelfile at `path`."""
+    return shlex.join(["ollama", "create", name, "-f", str(path)])
+
+
+def run_ollama(name: str, path: Path) -> None:
+    """Print and run `create_command`.
+
+    Raises:
+        OSError: the command failed; its own output explains why.
+    """
+    command = create_command(name, path)
+    print(command, flush=True)
+    if code := subprocess.run(shlex.split(command), check=False).returncode:
+        raise OSError(f"ollama create failed with exit code {code}; is `ollama serve` running?")
