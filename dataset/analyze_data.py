@@ -18,11 +18,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
-from expander.eval.report import in_wrong_language, printable, script_counts, table
 from expander.nearness import SLOT, WORD, near_duplicates, template_of
 from expander.prompt import TYPES, render_lines
 from expander.queries import ONLY_SUFFIX, base_query, normal_query
 from expander.rows import DATA, Example, read_files
+from expander.text import in_wrong_language, printable, script_counts, table
 from reward import extract_named_entities, only_mode
 
 NGRAM = 4  # words

@@ -22,12 +22,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
-from expander.eval.report import printable
 from expander.files import write_rows
 from expander.prompt import TYPES, render_lines
 from expander.qmd import kept_lines
 from expander.queries import normal_query
 from expander.rows import DATA, Example, file_rows, find_files, parse_row, read_files
+from expander.text import printable
 from reward import (
     FILLERS,
     echoes,

@@ -18,11 +18,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's ro
 
 from dataset.gate import MIN_SCORE
 from expander import cli
-from expander.eval.report import format_sample, measure, printable, table
+from expander.eval.measure import measure
+from expander.eval.report import format_sample
 from expander.prompt import render_lines
 from expander.qmd import kept_lines
 from expander.queries import base_query
 from expander.rows import DATA, Example, read_files
+from expander.text import printable, table
 from reward import score_expansion_detailed
 
 BIN = 5  # percent

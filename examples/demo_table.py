@@ -4,7 +4,7 @@ import json
 import sys
 from pathlib import Path
 
-from expander.eval.report import table
+from expander.text import table
 
 
 def row(path: Path) -> tuple[str, ...]:

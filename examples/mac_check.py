@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from expander import cli
-from expander.eval.report import table
+from expander.text import table
 
 MODELS = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B")
 STEPS = {"sft": 6, "grpo": 3}

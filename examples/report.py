@@ -1,10 +1,10 @@
-"""A page about a training run to look at: plots, figures, texts, the configuration.
+"""Write an HTML report of a training run: plots, figures, sampled texts, configuration.
 
     python examples/report.py outputs/grpo
     python examples/report.py outputs/grpo --before sft.json --after grpo.json
 
-Writes report.html, which needs no other file and no network, and its plots as PNG files. The two
-results are those of eval.py -o. Left out: the curves of several runs in one plot.
+Writes a self-contained report.html and its plots as PNG files. The two result files come from
+eval.py -o. Left out: the curves of several runs in one plot.
 """
 
 import argparse
@@ -14,40 +14,44 @@ import string
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from itertools import groupby
 from pathlib import Path
 from textwrap import dedent
 
+import numpy as np
 import yaml
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
 from expander.eval.comparison import compare, format_difference, read_results, side_by_side
-from expander.eval.report import format_sample, printable
+from expander.eval.report import format_sample
 from expander.files import atomic_write, digest, write_text
 from expander.rows import file_rows
+from expander.text import printable
 
 TEMPLATE = Path(__file__).with_suffix(".html")
 ADAPTER, METRICS = "adapters.safetensors", "metrics.jsonl"
-# Okabe and Ito's colours, which the colour-blind tell apart.
+# From Okabe and Ito's palette, which is safe for colour-blind readers.
 GREY, BLUE, ORANGE = "#8c8c8c", "#0072b2", "#d55e00"
-# Above the axes, in one row.
+# One row above the axes.
 LEGEND = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "fontsize": 8.5}
 LEGEND |= {"columnspacing": 1.2, "handlelength": 1.5}
-SHOWN = 3  # queries of each kind
-FEW_POINTS = 30
+SIDES = ("A, before", "B, after")
+QUERIES_SHOWN = 3  # of each kind
+FEW_POINTS = 30  # up to this many, each point gets a marker
 
 
 def text(value: object) -> str:
-    """Anything as HTML text."""
+    """Escape any value for HTML, without control characters."""
     return escape(printable(str(value)))
 
 
 @dataclass
 class TrainingRun:
-    """What a run's folder says; `missing` has a sentence for each part that is not there."""
+    """The contents of a run's folder; `missing` names each part that it lacks."""
 
     folder: Path
     metrics: list[dict]
@@ -68,22 +72,23 @@ class TrainingRun:
 
 
 def read_run(folder: Path) -> TrainingRun:
-    """
+    """Read a run's folder.
+
     Raises:
-        ValueError: the folder holds no run's metrics.
+        ValueError: the folder has no metrics.
     """
     if not (folder / METRICS).is_file():
-        raise ValueError(f"{folder}: no training run's folder: there is no {METRICS} in it")
+        raise ValueError(f"{folder}: not a training run's folder: it has no {METRICS}")
     missing = []
 
     def rows(name: str) -> list[dict]:
         if not (folder / name).is_file():
             return []
         found = [row for _, row in file_rows(folder / name)]
-        whole = [row for row in found if isinstance(row, dict)]
-        if len(whole) < len(found):
-            missing.append(f"{len(found) - len(whole)} broken lines of {name}")
-        return whole
+        valid = [row for row in found if isinstance(row, dict)]
+        if len(valid) < len(found):
+            missing.append(f"{len(found) - len(valid)} broken lines of {name}")
+        return valid
 
     config = next(
         (path for x in (".", "checkpoints") if (path := folder / x / "config.yaml").is_file()), None
@@ -92,9 +97,9 @@ def read_run(folder: Path) -> TrainingRun:
     if (folder / "run.json").is_file():
         result = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     else:
-        missing.append("time, memory and versions: the run has not come to its end")
+        missing.append("time, memory and versions: the run has not finished")
     if config is None:
-        missing.append("its configuration")
+        missing.append("configuration")
     return TrainingRun(
         folder,
         rows(METRICS),
@@ -106,16 +111,16 @@ def read_run(folder: Path) -> TrainingRun:
 
 
 def read_sft(run: TrainingRun) -> TrainingRun | None:
-    """The SFT run that a GRPO run went on from, if its folder still holds that adapter."""
-    beneath = run.folder / "sft"
-    if not (beneath / ADAPTER).is_file():
+    """The SFT run that a GRPO run started from, if its folder still has the same adapter."""
+    copy = run.folder / "sft"
+    if not (copy / ADAPTER).is_file():
         return None
     origin = yaml.safe_load(run.config)["model"]["sft"] if run.config else ""
-    for folder in (beneath, Path(origin).expanduser()):
+    for folder in (copy, Path(origin).expanduser()):
         files = [folder / METRICS, folder / ADAPTER]
-        if all(map(Path.is_file, files)) and digest(files[1]) == digest(beneath / ADAPTER):
+        if all(map(Path.is_file, files)) and digest(files[1]) == digest(copy / ADAPTER):
             return read_run(folder)
-    run.missing.append(f"its SFT run: model.sft {origin} is not there, or was trained again since")
+    run.missing.append(f"SFT run: model.sft {origin} is missing or was retrained since")
     return None
 
 
@@ -124,7 +129,7 @@ def read_sft(run: TrainingRun) -> TrainingRun | None:
 
 @dataclass
 class Plot:
-    """`draw` puts it on matplotlib's axes; the size is in inches."""
+    """A plot; `draw` draws it on matplotlib axes, `height` is in inches."""
 
     name: str
     title: str
@@ -147,9 +152,7 @@ class Plot:
 
 
 def line(axes, run: TrainingRun, key: str, label: str, colour: str, scale: float = 1.0) -> None:
-    """One metric by step; of a long and noisy one also the running mean."""
-    import numpy as np
-
+    """Draw a metric by step; a long one faintly, with its running mean over it."""
     steps, values = run.points(key)
     values = scale * np.array(values)
     window = len(values) // 20
@@ -158,125 +161,147 @@ def line(axes, run: TrainingRun, key: str, label: str, colour: str, scale: float
         axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
         values = np.convolve(values, np.full(window, 1 / window), mode="valid")
         steps = steps[window - 1 :]
-        axes.set_xlabel(f"step; bold: the mean of {window}")
+        axes.set_xlabel(f"step (bold: mean of {window} steps)")
     axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=4)
 
 
+def band(axes, steps: Sequence[int], low: Sequence[float], high: Sequence[float]) -> None:
+    axes.fill_between(steps, low, high, color=BLUE, alpha=0.12, linewidth=0)
+
+
+def dots(axes, steps: Sequence[int], values: Sequence[float], label: str) -> None:
+    axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, label=label)
+
+
+def draw_loss(run: TrainingRun, axes) -> None:
+    line(axes, run, "loss", "training", BLUE)
+    dots(axes, *run.points("val_loss"), "validation")
+    axes.set_ylabel("nats per token")
+
+
+def draw_reward(run: TrainingRun, axes) -> None:
+    rows = [row for row in run.metrics if {"reward", "reward_std"} <= row.keys()]
+    low, high = (
+        [row["reward"] + sign * (row["reward_std"] or 0) for row in rows] for sign in (-1, 1)
+    )
+    band(axes, [row["step"] for row in rows], low, high)
+    line(axes, run, "reward", "reward", BLUE)
+    steps, percentages = run.points("eval_score")
+    dots(axes, steps, [value / 100 for value in percentages], "held-out, greedy")
+
+
+def draw_kl(run: TrainingRun, axes) -> None:
+    line(axes, run, "kl", "KL", BLUE)
+    axes.ticklabel_format(axis="y", style="plain")
+    axes.set_ylabel("nats per token")
+
+
+def draw_lengths(run: TrainingRun, axes) -> None:
+    (steps, low), (_, high) = (run.points(f"completions/{x}_length") for x in ("min", "max"))
+    band(axes, steps, low, high)
+    line(axes, run, "completions/mean_length", "mean", BLUE)
+    axes.set_ylabel("tokens")
+
+
+def draw_shares(run: TrainingRun, axes) -> None:
+    line(axes, run, "frac_reward_zero_std", "groups of equal rewards", BLUE, 100)
+    line(axes, run, "completions/clipped_ratio", "completions cut off", ORANGE, 100)
+    axes.set_ylim(-3, 103)
+    axes.set_ylabel("%")
+
+
+# By the metric that a run must have: the plot's name, title, caption and function.
+RUN_PLOTS = {
+    "loss": (
+        "loss",
+        "Loss",
+        "Cross-entropy of the completions; validation on held-out rows.",
+        draw_loss,
+    ),
+    "reward": (
+        "reward",
+        "Reward",
+        "Mean over a step's completions; the band shows the standard deviation within a group. "
+        "Held-out queries are scored without penalties.",
+        draw_reward,
+    ),
+    "kl": ("kl", "KL to the SFT model", "Distance of the policy from its start.", draw_kl),
+    "completions/mean_length": (
+        "lengths",
+        "Lengths",
+        "Completions; the band spans shortest to longest.",
+        draw_lengths,
+    ),
+    "frac_reward_zero_std": (
+        "shares",
+        "Lost signal",
+        "A group of equal rewards has no advantage to learn from.",
+        draw_shares,
+    ),
+}
+
+
 def run_plots(run: TrainingRun) -> list[Plot]:
-    """The plots for which the run has the metrics."""
+    """The plots for which the run has the metrics, each with the best step marked."""
     best = run.result.get("best_step")
 
-    def by_step(draw: Callable) -> Callable:
-        def draw_all(axes) -> None:
-            axes.set_xlabel("step")
-            draw(axes)
-            if isinstance(best, int):
-                axes.axvline(best, color=GREY, linestyle=":", label="step kept")
-            axes.xaxis.get_major_locator().set_params(integer=True)
+    def by_step(draw: Callable, axes) -> None:
+        axes.set_xlabel("step")
+        draw(run, axes)
+        if isinstance(best, int):
+            axes.axvline(best, color=GREY, linestyle=":", label="best step")
+        axes.xaxis.get_major_locator().set_params(integer=True)
 
-        return draw_all
-
-    def loss(axes) -> None:
-        line(axes, run, "loss", "training", BLUE)
-        steps, values = run.points("val_loss")
-        axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, label="validation")
-        axes.set_ylabel("nats a token")
-
-    def reward(axes) -> None:
-        rows = [row for row in run.metrics if {"reward", "reward_std"} <= row.keys()]
-        ends = [
-            [row["reward"] + sign * (row["reward_std"] or 0) for row in rows] for sign in (-1, 1)
-        ]
-        axes.fill_between([row["step"] for row in rows], *ends, color=BLUE, alpha=0.12, linewidth=0)
-        line(axes, run, "reward", "reward", BLUE)
-        steps, values = run.points("eval_score")
-        values = [value / 100 for value in values]
-        axes.plot(steps, values, color=ORANGE, marker="o", markersize=4, label="held-out, greedy")
-
-    def kl(axes) -> None:
-        line(axes, run, "kl", "KL", BLUE)
-        axes.ticklabel_format(axis="y", style="plain")
-        axes.set_ylabel("nats a token")
-
-    def lengths(axes) -> None:
-        ends = [run.points(f"completions/{end}_length") for end in ("min", "max")]
-        axes.fill_between(ends[0][0], ends[0][1], ends[1][1], color=BLUE, alpha=0.12, linewidth=0)
-        line(axes, run, "completions/mean_length", "mean", BLUE)
-        axes.set_ylabel("tokens")
-
-    def shares(axes) -> None:
-        line(axes, run, "frac_reward_zero_std", "groups of equal rewards", BLUE, 100)
-        line(axes, run, "completions/clipped_ratio", "completions cut off", ORANGE, 100)
-        axes.set_ylim(-3, 103)
-        axes.set_ylabel("%")
-
-    plots = {
-        "loss": Plot(
-            "loss", "Loss", "Cross-entropy of the completions; validation on held-out rows.", loss
-        ),
-        "reward": Plot(
-            "reward",
-            "Reward",
-            "Mean of a step's completions; the band is a standard deviation within a group to each "
-            "side. Held-out queries are scored without the penalties.",
-            reward,
-        ),
-        "kl": Plot("kl", "KL to the SFT model", "How far the policy has moved.", kl),
-        "completions/mean_length": Plot(
-            "lengths", "Lengths", "Completions; the band is from shortest to longest.", lengths
-        ),
-        "frac_reward_zero_std": Plot(
-            "shares", "Lost signal", "A group of equal rewards teaches nothing.", shares
-        ),
-    }
     return [
-        Plot(plot.name, plot.title, plot.caption, by_step(plot.draw))
-        for key, plot in plots.items()
-        if run.points(key)[0]
+        Plot(name, title, caption, partial(by_step, draw))
+        for metric, (name, title, caption, draw) in RUN_PLOTS.items()
+        if run.points(metric)[0]
     ]
 
 
-def evaluation_plots(sides: Sequence[Sequence[dict]], summaries: Sequence[dict]) -> list[Plot]:
-    """Of A and B: the results and the summary of each, for the same queries."""
-    labels = ("A, before", "B, after")
+def draw_scores(sides: Sequence[Sequence[dict]], axes) -> None:
+    values = [[result["percentage"] for result in side] for side in sides]
+    axes.hist(values, bins=range(0, 101, 10), color=(GREY, BLUE), label=SIDES)
+    axes.set_xlabel("score, %")
+    axes.set_ylabel("queries")
+    axes.yaxis.get_major_locator().set_params(integer=True)
 
-    def scores(axes) -> None:
-        values = [[result["percentage"] for result in side] for side in sides]
-        axes.hist(values, bins=range(0, 101, 10), color=(GREY, BLUE), label=labels)
-        axes.set_xlabel("score, %")
-        axes.set_ylabel("queries")
-        axes.yaxis.get_major_locator().set_params(integer=True)
 
+def draw_categories(summaries: Sequence[dict], axes) -> None:
     names = list(summaries[0]["categories"])[::-1]
+    for summary, label, colour, shift in zip(
+        summaries, SIDES, (GREY, BLUE), (0.15, -0.15), strict=True
+    ):
+        rows = [summary["categories"][name] for name in names]
+        means = [row["average"] for row in rows]
+        errors = [
+            [abs(mean - row["interval"][end]) for mean, row in zip(means, rows, strict=True)]
+            for end in (0, 1)
+        ]
+        heights = [place + shift for place in range(len(names))]
+        axes.errorbar(means, heights, xerr=errors, fmt="o", color=colour, markersize=4, label=label)
+    queries = [summaries[0]["categories"][name]["queries"] for name in names]
+    labels = [f"{printable(x)[:28]} ({n})" for x, n in zip(names, queries, strict=True)]
+    axes.set_yticks(range(len(names)), labels, fontsize=9, parse_math=False)
+    axes.set_xlim(-3, 103)
+    axes.set_xlabel("average score, %")
 
-    def categories(axes) -> None:
-        for summary, label, colour, shift in zip(
-            summaries, labels, (GREY, BLUE), (0.15, -0.15), strict=True
-        ):
-            rows = [summary["categories"][name] for name in names]
-            means = [row["average"] for row in rows]
-            spread = [
-                [abs(mean - row["interval"][end]) for mean, row in zip(means, rows, strict=True)]
-                for end in (0, 1)
-            ]
-            heights = [place + shift for place in range(len(names))]
-            axes.errorbar(
-                means, heights, xerr=spread, fmt="o", color=colour, markersize=4, label=label
-            )
-        queries = [summaries[0]["categories"][name]["queries"] for name in names]
-        shown = [f"{printable(x)[:28]} ({n})" for x, n in zip(names, queries, strict=True)]
-        axes.set_yticks(range(len(names)), shown, fontsize=9, parse_math=False)
-        axes.set_xlim(-3, 103)
-        axes.set_xlabel("average score, %")
 
+def evaluation_plots(sides: Sequence[Sequence[dict]], summaries: Sequence[dict]) -> list[Plot]:
+    """Plots of two evaluations.
+
+    Args:
+        sides: the results of A and of B, for the same queries.
+        summaries: the summaries of A and of B.
+    """
     return [
-        Plot("scores", "Scores", "How many queries got which score.", scores),
+        Plot("scores", "Scores", "Number of queries by score.", partial(draw_scores, sides)),
         Plot(
             "categories",
             "Categories",
-            "Averages with their 95 % intervals; in brackets, the number of queries.",
-            categories,
-            height=1.2 + 0.32 * len(names),
+            "Averages with 95 % intervals; the number of queries is in brackets.",
+            partial(draw_categories, summaries),
+            height=1.2 + 0.32 * len(summaries[0]["categories"]),
         ),
     ]
 
@@ -285,7 +310,7 @@ def evaluation_plots(sides: Sequence[Sequence[dict]], summaries: Sequence[dict])
 
 
 def figures(plots: Sequence[Plot], folder: Path, prefix: str = "") -> str:
-    """Save the plots; the HTML that shows them and needs no file."""
+    """Save the plots as PNG files; return HTML with the images embedded."""
     out = []
     for plot in plots:
         path = folder / f"{prefix}{plot.name}.png"
@@ -299,12 +324,12 @@ def figures(plots: Sequence[Plot], folder: Path, prefix: str = "") -> str:
 
 
 def facts(run: TrainingRun) -> str:
-    """run.json as a table, with the speed that the metrics tell."""
+    """run.json as an HTML table, with the median speed from the metrics."""
     shown = dict(run.result)
     if "seconds" in shown:
         shown["time"] = cli.duration(shown.pop("seconds"))
     if speeds := sorted(run.points("tokens_per_second")[1]):
-        shown["tokens a second"] = f"{speeds[len(speeds) // 2]:.0f} (median step)"
+        shown["tokens per second"] = f"{speeds[len(speeds) // 2]:.0f} (median step)"
     rows = []
     for name, value in shown.items():
         if isinstance(value, dict):
@@ -312,12 +337,12 @@ def facts(run: TrainingRun) -> str:
         if isinstance(value, float):
             value = round(value, 4)
         rows.append(f"<tr><th>{text(name.replace('_', ' '))}</th><td>{text(value)}</td></tr>")
-    left_out = "".join(f'<p class="quiet">Not shown: {text(part)}</p>' for part in run.missing)
-    return f"<table>{''.join(rows)}</table>{left_out}"
+    missing = "".join(f'<p class="quiet">Not shown: {text(part)}</p>' for part in run.missing)
+    return f"<table>{''.join(rows)}</table>{missing}"
 
 
 def card(title: str, answers: Sequence[tuple[str, str]]) -> str:
-    """One query and the (heading, answer) pairs to it, side by side where there is room."""
+    """HTML of one query and its (heading, answer) pairs, side by side if there is room."""
     shown = []
     for heading, answer in answers:
         lines = "".join(f"<div>{text(line)}</div>" for line in answer.split("\n"))
@@ -329,7 +354,7 @@ def card(title: str, answers: Sequence[tuple[str, str]]) -> str:
 
 
 def sampled(run: TrainingRun) -> str:
-    """The best and the worst completion of each group logged last."""
+    """HTML of the best and the worst completion of each group at the last logged step."""
     last = run.samples[-1]["step"]
     rows = [row for row in run.samples if row["step"] == last]
     cards = []
@@ -354,69 +379,73 @@ def run_section(run: TrainingRun, folder: Path) -> str:
 
 
 def answers(a: dict, b: dict) -> list[tuple[str, str]]:
-    """A's text and B's, each with its points and what QMD does with every line."""
+    """(heading, text) of A and B: points, and each line with whether QMD keeps it."""
     shown = {}
-    for heading, result in (("A, before", a), ("B, after", b)):
+    for heading, result in zip(SIDES, (a, b), strict=True):
         first = format_sample(result["query"], result["samples"][0]).partition("\n")[2]
         if (count := len(result["samples"])) > 1:
             heading += f": the first of {count} samples, which score {result['percentage']:.1f} %"
         shown[heading] = dedent(first).rstrip()
     if len(set(shown.values())) == 1:
-        return [("A and B alike", *set(shown.values()))]
+        return [("A and B (identical)", *set(shown.values()))]
     return list(shown.items())
+
+
+def evaluation_figures(summaries: Sequence[dict]) -> str:
+    """HTML table of the figures of A, B and their difference."""
+    head, *rows = side_by_side(summaries)
+    lines = [
+        "<tr>" + f"<th>{text(name)}</th>" + "".join(f"<td>{text(x)}</td>" for x in cells) + "</tr>"
+        for name, *cells in rows
+    ]
+    return (
+        f'<table class="figures"><thead><tr>{"".join(f"<th>{text(x)}</th>" for x in head)}</tr>'
+        f"</thead>{''.join(lines)}</table>"
+    )
 
 
 def evaluation_section(paths: tuple[Path, Path], folder: Path) -> str:
     records = tuple(map(read_results, paths))
     result = compare(*records, seed=records[1].get("seed", 0))
-    of_a, of_b = ({x["query"]: x for x in record["results"]} for record in records)
-    common = [query for query in of_a if query in of_b]
-    plots = evaluation_plots(
-        [[of_[query] for query in common] for of_ in (of_a, of_b)], result["summaries"]
-    )
-    legend = "".join(
-        f"<br>{letter}: {text(path)}, {text((record['model'] or {}).get('name', 'scored only'))}"
+    a, b = ({x["query"]: x for x in record["results"]} for record in records)
+    common = [query for query in a if query in b]
+    sides = [[side[query] for query in common] for side in (a, b)]
+    plots = evaluation_plots(sides, result["summaries"])
+    legend = "<br>".join(
+        f"{letter}: {text(path)}, {text((record['model'] or {}).get('name', 'scored only'))}"
         for letter, path, record in zip("AB", paths, records, strict=True)
     )
-    head, *rows = side_by_side(result["summaries"])
-    lines = [
-        "<tr>" + f"<th>{text(name)}</th>" + "".join(f"<td>{text(x)}</td>" for x in cells) + "</tr>"
-        for name, *cells in rows
-    ]
-    table = (
-        f'<table class="figures"><thead><tr>{"".join(f"<th>{text(x)}</th>" for x in head)}</tr>'
-        f"</thead>{''.join(lines)}</table>"
-    )
-    ranked = sorted(common, key=lambda query: of_b[query]["percentage"])
+    ranked = sorted(common, key=lambda query: b[query]["percentage"])
     kinds = {
-        "Changed most": [change["query"] for change in result["changes"][:SHOWN]],
-        "Worst in B": ranked[:SHOWN],
-        "Best in B": ranked[: -SHOWN - 1 : -1],
+        "Changed most": [change["query"] for change in result["changes"][:QUERIES_SHOWN]],
+        "Worst in B": ranked[:QUERIES_SHOWN],
+        "Best in B": ranked[: -QUERIES_SHOWN - 1 : -1],
     }
     texts = [
-        f"<h3>{kind}</h3>"
-        + "".join(card(query, answers(of_a[query], of_b[query])) for query in queries)
+        f"<h3>{kind}</h3>" + "".join(card(query, answers(a[query], b[query])) for query in queries)
         for kind, queries in kinds.items()
         if queries
     ]
     return (
         f"<section><h2>Before and after</h2><pre>{text(format_difference(result))}</pre>"
-        f'<p class="quiet">{legend.removeprefix("<br>")}</p>{figures(plots, folder)}'
-        f"<h3>Figures</h3>{table}{''.join(texts)}</section>"
+        f'<p class="quiet">{legend}</p>{figures(plots, folder)}<h3>Figures</h3>'
+        f"{evaluation_figures(result['summaries'])}{''.join(texts)}</section>"
     )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write a page about a training run.")
-    parser.add_argument("run", type=Path, metavar="RUN", help="a folder that train.py wrote")
-    parser.add_argument("--before", type=Path, metavar="A", help="results of eval.py -o, and")
-    parser.add_argument("--after", type=Path, metavar="B", help="those of the model after it")
-    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: RUN/report")
+    parser = argparse.ArgumentParser(description="Write an HTML report of a training run.")
+    parser.add_argument("run", type=Path, metavar="RUN", help="output folder of train.py")
+    parser.add_argument("--before", type=Path, metavar="A", help="results before, from eval.py -o")
+    parser.add_argument("--after", type=Path, metavar="B", help="results after, from eval.py -o")
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="DIR", help="output folder (default: RUN/report)"
+    )
     arguments = parser.parse_args()
     if bool(arguments.before) != bool(arguments.after):
         parser.error("--before and --after go together")
     try:
-        import matplotlib  # noqa: F401, needed for the plots alone
+        import matplotlib  # noqa: F401, needed only for the plots
     except ImportError:
         raise ValueError("the plots need matplotlib: pip install matplotlib") from None
 

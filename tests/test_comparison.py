@@ -1,11 +1,11 @@
-"""comparison.py: the paired difference against figures worked by hand."""
+"""comparison.py: the paired difference against figures worked out by hand."""
 
 import json
 
 import pytest
 
 from expander.eval.comparison import SCHEMA, compare, format_comparison, read_results
-from expander.eval.report import measure
+from expander.eval.measure import measure
 
 GREEDY = {"mode": "greedy", "max_new_tokens": 200}
 
@@ -29,7 +29,7 @@ def record(percentages: dict[str, float], trained_on: tuple[str, ...] = (), **de
     }
 
 
-def test_two_files_give_the_hand_worked_figures():
+def test_figures_of_two_small_files():
     """The differences are +10, -20, +40, 0: mean +7.5, two wins, one loss, one tie."""
     a = record({"one": 50.0, "two": 60.0, "three": 10.0, "four": 70.0, "only a": 99.0})
     b = record({"four": 70.0, "three": 50.0, "two": 40.0, "one": 60.0})
@@ -62,7 +62,7 @@ def test_equal_files_differ_by_zero():
     assert "warning" not in text
 
 
-def test_a_constant_gain_has_no_width():
+def test_the_interval_of_a_constant_gain_is_a_point():
     a = record({str(i): float(i) for i in range(30)})
     b = record({str(i): i + 5.0 for i in range(30)})
     result = compare(a, b, seed=0)
@@ -71,7 +71,7 @@ def test_a_constant_gain_has_no_width():
     assert "A scores higher" in format_comparison(("b", "a"), (b, a), compare(b, a, seed=0))
 
 
-def test_the_text_shows_both_and_warns():
+def test_the_text_shows_both_expansions_and_warnings():
     a = record({"one": 50.0, "two": 10.0}, trained_on=("two",))
     b = record({"one": 60.0, "two": 90.0}, mode="qmd", top_k=20)
     result = compare(a, b, seed=0)
@@ -80,7 +80,7 @@ def test_the_text_shows_both_and_warns():
     assert (
         "warning: A and B were decoded differently: mode greedy and qmd, top_k None and 20" in text
     )
-    assert "LEAK: A or B was trained on 1 of them; without these +10.00 points" in text
+    assert "LEAK: A or B was trained on 1 of them; without them +10.00 points" in text
     assert "+80.0  two" in text and "lex: two at 10.0" in text and "lex: two at 90.0" in text
     assert text.index("two at 90.0") < text.index("one at 60.0")
 
@@ -102,7 +102,7 @@ def test_no_common_query():
         (b'{"schema": 1, "decode": {}, "model": null, "results": [{"query": "a"}]}', "incomplete"),
     ],
 )
-def test_a_file_of_another_kind_is_one_clear_line(content, message, tmp_path):
+def test_a_file_that_is_no_results_file(content, message, tmp_path):
     path = tmp_path / "results.json"
     path.write_bytes(content)
     with pytest.raises(ValueError, match=message) as caught:

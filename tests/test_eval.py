@@ -1,4 +1,4 @@
-"""eval.py as a user types it: models, decodings, leaks, files in and out, and every clear refusal."""
+"""The eval.py command: models, decoding, leaks, input and output files, and error messages."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from expander import model as models
-from expander.eval.report import measure
+from expander.eval.measure import measure
 from expander.queries import query_digest, read_query_digests, write_query_digests
 
 ROOT = Path(__file__).parent.parent
@@ -29,7 +29,7 @@ class Done(NamedTuple):
 
     @property
     def error(self) -> str:
-        """What a refusal says, which must be one line and no traceback."""
+        """The error message, which must be one line and no traceback."""
         lines = self.err.strip().split("\n")
         assert self.code == 2 and len(lines) == 1 and lines[0].startswith("error: "), self
         return lines[0]
@@ -109,34 +109,36 @@ def test_help_loads_nothing_heavy(run):
     done = run(["eval.py", "--help"], env={"PYTHONPROFILEIMPORTTIME": "1"})
     assert done.returncode == 0 and "--compare" in done.stdout
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
-    assert "cli" in imported and imported.isdisjoint({"mlx", "mlx_lm", "numpy", "transformers"})
+    assert "expander" in imported and imported.isdisjoint(
+        {"mlx", "mlx_lm", "numpy", "transformers"}
+    )
 
 
-def test_one_query(run, tiny_qwen3):
-    done = run(["eval.py", tiny_qwen3, "--query", "auth  config", "--decode", "qmd", *SHORT])
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.split("\n")
+def test_one_query(tiny_qwen3, evaluate):
+    done = evaluate(tiny_qwen3, "--query", "auth  config", "--decode", "qmd", *SHORT)
+    assert done.code == 0, done.err
+    lines = done.out.split("\n")
     assert lines[0] == "auth config"
     assert "%" in lines[1] and "points: format" in lines[2]
     assert lines[3].split()[0] in ("keeps", "drops")
     assert lines[3].split()[1] in ("lex:", "vec:", "hyde:")
-    assert "\x1b" not in done.stdout + done.stderr and "average" not in done.stdout
+    assert "\x1b" not in done.out + done.err and "average" not in done.out
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--query", "a", "--queries", "b.txt"], "exclude each other"),
+        (["--query", "a", "--queries", "b.txt"], "use only one of"),
         (["--query", " "], "the query is empty"),
-        (["--query", "a\x00b"], "characters that are no text"),
+        (["--query", "a\x00b"], "unprintable characters"),
         (["--samples", "2"], "add --decode qmd"),
         (["--max-queries", "0"], "not an integer >= 1"),
         (["--fail-under", "101"], "a percentage from 0 to 100"),
-        (["--compare", "a.json", "b.json", "-o", "c.json"], "--compare takes neither"),
-        (["a", "--model", "b"], "named twice"),
+        (["--compare", "a.json", "b.json", "-o", "c.json"], "--compare cannot be used with"),
+        (["a", "--model", "b"], "MODEL and --model"),
     ],
 )
-def test_arguments_that_contradict(args, message, evaluate):
+def test_contradicting_arguments_are_rejected(args, message, evaluate):
     done = evaluate(*args)
     assert done.code == 2 and message in done.err and "Traceback" not in done.err
 
@@ -144,7 +146,7 @@ def test_arguments_that_contradict(args, message, evaluate):
 # --- models
 
 
-def test_the_whole_chain_is_followed(trained, tiny_qwen3, queries, evaluate):
+def test_every_adapter_of_a_chain_takes_effect(trained, tiny_qwen3, queries, evaluate):
     found = {}
     for name, folder in {**trained, "base": tiny_qwen3}.items():
         done = evaluate("--model", folder, "--queries", queries, *SHORT, "-o", f"{name}.json")
@@ -154,7 +156,7 @@ def test_the_whole_chain_is_followed(trained, tiny_qwen3, queries, evaluate):
     assert len({json.dumps(found[name]) for name in ("base", "sft", "grpo", "quantized")}) == 4
 
 
-def test_the_default_model_is_the_last_stage_there_is(trained, tiny_qwen3, queries, evaluate):
+def test_the_default_model_is_grpo_or_else_sft(trained, tiny_qwen3, queries, evaluate):
     assert "neither outputs/grpo nor outputs/sft" in evaluate("--queries", queries).error
     shutil.copytree(trained["sft"], "outputs/sft")
     assert evaluate("--queries", queries, *SHORT).out.startswith("outputs/sft: ")
@@ -163,7 +165,7 @@ def test_the_default_model_is_the_last_stage_there_is(trained, tiny_qwen3, queri
     assert out.startswith(f"outputs/grpo: {tiny_qwen3} + outputs/grpo/sft + outputs/grpo\n")
 
 
-def test_a_model_of_the_hub_is_known_by_its_revision(run, hub, tmp_path, queries):
+def test_a_hub_model_is_recorded_by_its_revision(run, hub, tmp_path, queries):
     path = tmp_path / "results.json"
     args = ["--model", "Qwen/Qwen3-1.7B", "--queries", queries, *SHORT, "-o", path]
     done = run(["eval.py", *args], env=hub)
@@ -174,7 +176,7 @@ def test_a_model_of_the_hub_is_known_by_its_revision(run, hub, tmp_path, queries
 
 
 @pytest.mark.parametrize("name", ["empty", "outputs/none", "none"])
-def test_neither_adapter_nor_model(name, evaluate):
+def test_a_folder_without_a_model_is_an_error(name, evaluate):
     Path("empty").mkdir()
     assert f"model {name}: " in evaluate("--model", name, "--query", "a").error
 
@@ -182,7 +184,7 @@ def test_neither_adapter_nor_model(name, evaluate):
 # --- decoding
 
 
-def test_greedy_text_is_the_same_alone_and_in_a_batch(trained, queries, evaluate):
+def test_greedy_text_does_not_depend_on_the_batch(trained, queries, evaluate):
     args = ("--model", trained["sft"], "--max-new-tokens", "24")
     for size in (1, 2, 32):
         done = evaluate(*args, "--queries", queries, "--batch-size", size, "-o", f"{size}.json")
@@ -231,7 +233,7 @@ def test_a_query_beyond_the_models_context(trained, evaluate):
 # --- leaks
 
 
-def test_a_digest_is_of_the_base_query(tmp_path):
+def test_query_digests_ignore_case_spaces_and_only_suffixes(tmp_path):
     expected = hashlib.sha256(b"auth config").hexdigest()[:16]
     assert query_digest("Auth  Config") == query_digest("auth config /only:lex") == expected
     write_query_digests(tmp_path, ["auth config /only:lex", "Auth config", "pie"])
@@ -241,13 +243,13 @@ def test_a_digest_is_of_the_base_query(tmp_path):
     assert read_query_digests(tmp_path / "none") is None
 
 
-def test_a_planted_leak_is_named(trained, queries, evaluate, tmp_path):
+def test_trained_on_queries_are_listed(trained, queries, evaluate, tmp_path):
     folder = tmp_path / "leaky"
     shutil.copytree(trained["grpo"], folder)
     write_query_digests(folder, ["pie"])
     write_query_digests(folder / "sft", ["Nginx  tls", "Bread"])  # as training rows had them
     done = evaluate(folder, "--queries", queries, *SHORT, "-o", "leaks.json")
-    assert "LEAK     2 of these queries were trained on:" in done.out
+    assert "LEAK     trained on 2 of these queries:" in done.out
     assert "   nginx TLS\n" in done.out and "   bread /only:lex\n" in done.out
     record = json.loads(Path("leaks.json").read_text(encoding="utf-8"))
     assert record["leaks"]["queries"] == ["nginx TLS", "bread /only:lex"]
@@ -257,7 +259,7 @@ def test_a_planted_leak_is_named(trained, queries, evaluate, tmp_path):
     assert f"without them {sum(clean) / 2:.1f} %" in done.out
 
 
-def test_no_leak_and_no_record_are_told_apart(trained, queries, evaluate, tmp_path):
+def test_no_leaks_no_record_and_a_broken_record_differ(trained, queries, evaluate, tmp_path):
     assert (
         f"unknown for {trained['sft']}"
         in evaluate(trained["sft"], "--queries", queries, *SHORT).out
@@ -266,7 +268,7 @@ def test_no_leak_and_no_record_are_told_apart(trained, queries, evaluate, tmp_pa
     shutil.copytree(trained["sft"], folder)
     write_query_digests(folder, ["pie"])
     out = evaluate(folder, "--queries", queries, *SHORT).out
-    assert "none of these queries was trained on" in out
+    assert "none of these queries is in the training record" in out
     (folder / "queries.json").write_text('{"schema": 2}', encoding="utf-8")
     assert "not a record of training queries" in evaluate(folder, "--queries", queries).error
 
@@ -274,7 +276,7 @@ def test_no_leak_and_no_record_are_told_apart(trained, queries, evaluate, tmp_pa
 # --- the results file
 
 
-def test_the_results_file_tells_everything(trained, tiny_qwen3, queries, evaluate):
+def test_the_results_file_is_complete(trained, tiny_qwen3, queries, evaluate):
     done = evaluate(
         *("--model", trained["grpo"], "--queries", queries, "--max-queries", "3"),
         *("--seed", "5", *SHORT, "-o", "new/results.json"),
@@ -315,7 +317,7 @@ def test_the_results_file_tells_everything(trained, tiny_qwen3, queries, evaluat
     assert record["speed"]["tokens"] == 3 * 16
 
 
-def test_a_results_file_that_cannot_be_written_is_told_before_the_work(trained, evaluate):
+def test_an_unwritable_output_fails_before_the_evaluation(trained, evaluate):
     Path("folder").mkdir()
     assert "--output folder: " in evaluate(trained["sft"], "--query", "a", "-o", "folder").error
 
@@ -332,14 +334,14 @@ def test_a_results_file_that_cannot_be_written_is_told_before_the_work(trained, 
         (b"nginx\ncaf\xe9\n", "queries.txt:2: not UTF-8"),
     ],
 )
-def test_query_files_that_cannot_be_used(content, message, evaluate):
+def test_invalid_query_files(content, message, evaluate):
     if content is not None:
         Path("queries.txt").write_bytes(content)
     error = evaluate("--queries", "queries.txt").error
     assert "--queries queries.txt" in error and message in error
 
 
-# --- outputs of others, references, thresholds
+# --- expansions from other tools, references, thresholds, comparison
 
 
 def test_score_only(evaluate):
@@ -363,19 +365,19 @@ def test_score_only(evaluate):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "contains no rows"),
+        ("", "no rows"),
         ('{"query": "a", "expansion": "lex: b"}\n{"query": "a"', "outputs.jsonl:2: not valid JSON"),
         ('{"query": "a"}\n', 'outputs.jsonl:1: expected {"query": text, "expansion": text}'),
         ("[]\n", "outputs.jsonl:1: expected"),
         ('{"query": "a", "output": [["lex"]]}\n', "outputs.jsonl:1: expected"),
     ],
 )
-def test_outputs_that_cannot_be_read(content, message, evaluate):
+def test_invalid_files_of_expansions(content, message, evaluate):
     Path("outputs.jsonl").write_text(content, encoding="utf-8")
     assert message in evaluate("--score-only", "outputs.jsonl").error
 
 
-def test_golden_figures_are_reported(evaluate):
+def test_figures_against_references_are_reported(evaluate):
     jsonl(Path("outputs.jsonl"), {"query": "nginx TLS", "expansion": GOOD})
     reference = {
         "query": "Nginx tls",
@@ -392,11 +394,11 @@ def test_golden_figures_are_reported(evaluate):
     assert matched["types"]["all"]["precision"] == pytest.approx(1 / 3)
     assert "50.0%  100.0%  66.7%" in done.out
     jsonl(golden, {"query": "pie", "output": [["lex", "apple"]]})
-    assert "none of the evaluated queries is in it" in evaluate(*args).error
-    assert "there is no such file" in evaluate("--golden", "none.jsonl").error
+    assert "none of the evaluated queries" in evaluate(*args).error
+    assert "no such file" in evaluate("--golden", "none.jsonl").error
 
 
-def test_golden_queries_are_evaluated_when_no_others_are_named(trained, rows, evaluate):
+def test_golden_queries_are_the_default_queries(trained, rows, evaluate):
     done = evaluate(trained["sft"], "--golden", rows, *SHORT, "--max-queries", "5", "-o", "g.json")
     assert done.code == 0, done.err
     asked = [json.loads(line)["query"] for line in rows.read_text(encoding="utf-8").splitlines()]
@@ -411,7 +413,7 @@ def test_fail_under(evaluate):
     assert evaluate(*args, str(scored)).code == 0
     done = evaluate(*args, str(scored + 0.1))
     assert done.code == 1
-    assert done.err == f"average {scored} % is under --fail-under {scored + 0.1:g}\n"
+    assert done.err == f"average {scored} % is below --fail-under {scored + 0.1:g}\n"
 
 
 def test_compare(evaluate):

@@ -1,4 +1,4 @@
-"""examples/report.py: what the plots show, and a page that needs nothing and runs nothing."""
+"""examples/report.py: the data in its plots, and a page without scripts or external files."""
 
 import base64
 import json
@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from examples import report as page
 from expander.eval.comparison import SCHEMA, compare
-from expander.eval.report import measure, result_of
+from expander.eval.measure import measure, result_of
 
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x">\x1b[31m&amp;'
 STEPS = [
@@ -39,7 +39,7 @@ def write_run(folder: Path, rows=STEPS, result=RESULT, config="model:\n  sft: no
 
 
 def write_results(path: Path, outputs: dict[str, str], samples: int = 1) -> Path:
-    """What eval.py -o would write of a text for each query."""
+    """Write a results file as eval.py -o does, with one text per query."""
     results = [
         result_of(query, f"$\\frac{{ <b>{i % 2}", [measure(query, text)] * samples)
         for i, (query, text) in enumerate(outputs.items())
@@ -68,17 +68,17 @@ class Page(HTMLParser):
 
 
 def lines(plot: page.Plot) -> dict[str, tuple[list, list]]:
-    """What is drawn: label → (x, y) of each labelled line."""
+    """The labelled lines of a plot: label → (x, y)."""
     axes = Figure().subplots()
     plot.draw(axes)
     drawn = {line.get_label(): line.get_xydata().T.tolist() for line in axes.get_lines()}
     return {label: xy for label, xy in drawn.items() if not label.startswith("_")}
 
 
-# What a folder says
+# Reading a run's folder
 
 
-def test_points_are_the_numbers_that_were_logged(tmp_path):
+def test_points_are_the_logged_numbers(tmp_path):
     run = page.read_run(write_run(tmp_path))
     assert run.points("reward") == ([1, 2], [0.5, 0.7])
     assert run.points("kl") == ([1], [0.0])
@@ -87,42 +87,40 @@ def test_points_are_the_numbers_that_were_logged(tmp_path):
     assert run.missing == ["1 broken lines of metrics.jsonl"]
 
 
-def test_what_is_not_there_is_said(tmp_path):
+def test_missing_files_are_reported(tmp_path):
     run = page.read_run(write_run(tmp_path, [{"step": 1, "loss": 2.0}], None, None))
     assert run.stage == "SFT"
     assert run.missing[:2] == [
-        "time, memory and versions: the run has not come to its end",
-        "its configuration",
+        "time, memory and versions: the run has not finished",
+        "configuration",
     ]
-    with pytest.raises(ValueError, match=r"x: no training run's folder: there is no metrics"):
+    with pytest.raises(ValueError, match=r"x: not a training run's folder: it has no metrics"):
         page.read_run(tmp_path / "x")
 
 
-def test_the_sft_run_beneath_is_shown_while_it_is_the_same(tmp_path):
+def test_the_sft_run_is_shown_if_its_adapter_is_unchanged(tmp_path):
     sft = write_run(tmp_path / "sft", [{"step": 1, "loss": 2.0}])
     run = page.read_run(write_run(tmp_path / "grpo", config=f"model:\n  sft: {sft}\n"))
-    assert page.read_sft(run) is None and len(run.missing) == 1  # nothing lies beneath
+    assert page.read_sft(run) is None and len(run.missing) == 1  # no copy of an SFT adapter
     (tmp_path / "grpo" / "sft").mkdir()
     for folder in (sft, tmp_path / "grpo" / "sft"):
         (folder / "adapters.safetensors").write_bytes(b"weights")
     assert page.read_sft(run).points("loss") == ([1], [2.0])
     (sft / "adapters.safetensors").write_bytes(b"trained again")
     assert page.read_sft(run) is None
-    assert run.missing[1:] == [
-        f"its SFT run: model.sft {sft} is not there, or was trained again since"
-    ]
+    assert run.missing[1:] == [f"SFT run: model.sft {sft} is missing or was retrained since"]
 
 
 # Plots
 
 
-def test_the_plots_of_grpo(tmp_path):
+def test_grpo_plots(tmp_path):
     plots = {plot.name: plot for plot in page.run_plots(page.read_run(write_run(tmp_path)))}
     assert list(plots) == ["reward", "kl", "lengths", "shares"]
     drawn = lines(plots["reward"])
     assert drawn["reward"] == [[1, 2], [0.5, 0.7]]
     assert drawn["held-out, greedy"] == [[0, 2], [0.5, 0.6]]
-    assert drawn["step kept"][0] == [2, 2]
+    assert drawn["best step"][0] == [2, 2]
     assert lines(plots["lengths"])["mean"] == [[1, 2], [20, 30]]
     assert lines(plots["shares"])["groups of equal rewards"] == [[1, 2], [25, 50]]
     assert lines(plots["shares"])["completions cut off"] == [[1, 2], [50, 0]]
@@ -133,7 +131,7 @@ def test_the_plots_of_grpo(tmp_path):
     assert band.get_datalim(axes.transData).extents == pytest.approx([1, 0.4, 2, 0.7])
 
 
-def test_a_long_metric_is_drawn_with_its_running_mean(tmp_path):
+def test_a_long_metric_is_smoothed(tmp_path):
     rows = [{"step": step, "loss": float(step % 2)} for step in range(1, 41)]
     rows[39]["val_loss"] = 0.25
     [plot] = page.run_plots(page.read_run(write_run(tmp_path, rows, result={})))
@@ -147,7 +145,7 @@ BEFORE = {"auth config": "", "borscht": GOOD, HOSTILE: HOSTILE}
 AFTER = {"auth config": GOOD, "borscht": GOOD, HOSTILE: f"lex: {HOSTILE}\n"}
 
 
-def test_the_plots_of_an_evaluation(tmp_path):
+def test_evaluation_plots(tmp_path):
     paths = (
         write_results(tmp_path / "a.json", BEFORE),
         write_results(tmp_path / "b.json", AFTER),
@@ -174,7 +172,7 @@ def test_the_plots_of_an_evaluation(tmp_path):
 # The page
 
 
-def test_the_command_writes_a_page_that_needs_nothing_and_runs_nothing(tmp_path, run):
+def test_the_page_is_self_contained_and_has_no_scripts(tmp_path, monkeypatch, capsys):
     folder = write_run(tmp_path / "grpo", config=f"model: {{sft: nowhere}}\n# {HOSTILE}\n")
     samples = [
         {"step": step, "query": HOSTILE, "completion": HOSTILE, "reward": reward}
@@ -184,13 +182,11 @@ def test_the_command_writes_a_page_that_needs_nothing_and_runs_nothing(tmp_path,
     (folder / "samples.jsonl").write_text(text, encoding="utf-8")
     write_results(tmp_path / "a.json", BEFORE, samples=2)
     write_results(tmp_path / "b.json", AFTER)
-    done = run(
-        ["examples/report.py", "grpo", "--before", "a.json", "--after", "b.json"],
-        cwd=tmp_path,
-        timeout=300,
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == "grpo/report/report.html: open it in a browser\n"
+    monkeypatch.chdir(tmp_path)
+    arguments = ["report.py", "grpo", "--before", "a.json", "--after", "b.json"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    page.main()
+    assert capsys.readouterr() == ("grpo/report/report.html: open it in a browser\n", "")
     out = folder / "report"
     plots = ["scores", "categories", "grpo-reward", "grpo-kl", "grpo-lengths", "grpo-shares"]
     assert {path.name for path in out.iterdir()} == {f"{x}.png" for x in plots} | {"report.html"}
@@ -209,14 +205,14 @@ def test_the_command_writes_a_page_that_needs_nothing_and_runs_nothing(tmp_path,
     assert "2m05s" in shown.text and "mlx 0.32.4" in shown.text and "9 (median step)" in shown.text
     assert "Not shown: 1 broken lines of metrics.jsonl" in shown.text
     assert "best reward 0.750" in shown.text and "worst reward 0.250" in shown.text
-    assert "0.900" not in shown.text  # an earlier step's
+    assert "0.900" not in shown.text  # from an earlier step
     assert "B wins" in shown.text and "A, before: the first of 2 samples" in shown.text
 
 
-def test_what_the_user_got_wrong(tmp_path, monkeypatch, run):
+def test_wrong_arguments_and_a_missing_matplotlib(tmp_path, monkeypatch, run):
     done = run(["examples/report.py", "grpo", "--before", "a.json"], cwd=tmp_path)
     assert done.returncode == 2 and "--before and --after go together" in done.stderr
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if not installed
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     with pytest.raises(ValueError, match=r"^the plots need matplotlib: pip install matplotlib$"):
         page.main()

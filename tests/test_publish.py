@@ -23,7 +23,7 @@ from expander import model as models
 from expander.config import to_yaml
 from expander.convert import formats, model_card, publish
 from expander.eval.comparison import SCHEMA
-from expander.eval.report import measure, result_of, summarize
+from expander.eval.measure import measure, result_of, summarize
 from expander.prompt import render_prompt
 
 ROOT = Path(__file__).parent.parent

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from expander.eval.report import script_counts
 from expander.nearness import near_copies, plain
+from expander.text import script_counts
 
 ROOT = Path(__file__).parent.parent
 CATEGORIES = [

@@ -11,7 +11,9 @@ VAULT = ROOT / "evals" / "vault"
 NOTES = VAULT / "notes"
 
 # A CJK character counts as a word: these scripts put no spaces between words.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+")
+WORD = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]|[^\W\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]+"
+)
 
 
 def queries() -> list[dict]:

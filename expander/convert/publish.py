@@ -20,8 +20,9 @@ from expander.config import load_config
 from expander.convert.formats import write_mlx
 from expander.convert.model_card import CARD, EVALUATION, licence, render_card, run_config
 from expander.eval.comparison import compare, read_results
-from expander.eval.report import CONFIDENCE, summarize
+from expander.eval.measure import summarize
 from expander.model import ADAPTER_CONFIG, HUB_ID, Chain, copy_adapters
+from expander.statistics import CONFIDENCE
 
 ADAPTERS = "adapters"
 WEIGHTS = (".safetensors", ".gguf", ".bin")

@@ -1,21 +1,23 @@
-"""Two results files of eval.py compared, query by query."""
+"""Compare two result files of eval.py, query by query."""
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from expander.eval.report import CONFIDENCE, FLAGS, bootstrap, mean, printable, summarize, table
+from expander.eval.measure import FLAGS, summarize
+from expander.statistics import CONFIDENCE, bootstrap, mean
+from expander.text import printable, table
 
 SCHEMA = 1
-SHOWN = 10
+CHANGES_SHOWN = 10
 RESULT_KEYS = {"query", "category", "trained_on", "percentage", "samples"}
 
 
 def read_results(path: Path) -> dict:
-    """A results file that this version understands.
+    """Read a file that `eval.py -o` wrote.
 
     Raises:
-        ValueError: unreadable, no results file, or of another schema version.
+        ValueError: it cannot be read, is not a results file, or has another schema version.
     """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -24,7 +26,7 @@ def read_results(path: Path) -> dict:
     except ValueError as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
     if not isinstance(record, dict) or "schema" not in record:
-        raise ValueError(f"{path}: not a results file; write one with eval.py -o")
+        raise ValueError(f"{path}: not a results file; create one with eval.py -o")
     if record["schema"] != SCHEMA:
         raise ValueError(
             f"{path}: its schema is {record['schema']!r}, this version reads {SCHEMA}; "
@@ -38,30 +40,32 @@ def read_results(path: Path) -> dict:
 
 
 def compare(a: dict, b: dict, seed: int) -> dict:
-    """B less A, paired by query.
+    """The differences B - A in percentage points, paired by query.
 
     Args:
         a, b: from `read_results`.
+        seed: seed for the bootstrap intervals.
 
     Raises:
-        ValueError: no query is in both.
+        ValueError: the two have no query in common.
     """
-    of_a, of_b = ({result["query"]: result for result in x["results"]} for x in (a, b))
-    common = [query for query in of_a if query in of_b]
+    sides = [{result["query"]: result for result in record["results"]} for record in (a, b)]
+    common = [query for query in sides[0] if query in sides[1]]
     if not common:
         raise ValueError("--compare: the two files have no query in common")
-    differences = {q: of_b[q]["percentage"] - of_a[q]["percentage"] for q in common}
+    pairs = {query: (sides[0][query], sides[1][query]) for query in common}
+    differences = {q: y["percentage"] - x["percentage"] for q, (x, y) in pairs.items()}
     values = list(differences.values())
-    unseen = [d for q, d in differences.items() if not _seen(of_a[q], of_b[q])]
+    trained_on = {q for q, (x, y) in pairs.items() if x["trained_on"] or y["trained_on"]}
+    unseen = [d for q, d in differences.items() if q not in trained_on]
     largest = sorted((q for q in common if differences[q]), key=lambda q: -abs(differences[q]))
-    settings = {**a["decode"], **b["decode"]}
     return {
         "queries": len(common),
-        "only_a": len(of_a) - len(common),
-        "only_b": len(of_b) - len(common),
+        "only_a": len(sides[0]) - len(common),
+        "only_b": len(sides[1]) - len(common),
         "settings": {
             name: [a["decode"].get(name), b["decode"].get(name)]
-            for name in settings
+            for name in {**a["decode"], **b["decode"]}
             if a["decode"].get(name) != b["decode"].get(name)
         },
         "difference": mean(values),
@@ -69,22 +73,18 @@ def compare(a: dict, b: dict, seed: int) -> dict:
         "wins": sum(value > 0 for value in values),
         "losses": sum(value < 0 for value in values),
         "ties": sum(value == 0 for value in values),
-        "trained_on": len(common) - len(unseen),
+        "trained_on": len(trained_on),
         "difference_unseen": mean(unseen) if unseen else None,
-        "summaries": [summarize([of_[q] for q in common], seed) for of_ in (of_a, of_b)],
+        "summaries": [summarize([side[q] for q in common], seed) for side in sides],
         "changes": [
-            {"query": q, "difference": differences[q], "a": of_a[q], "b": of_b[q]}
-            for q in largest[:SHOWN]
+            {"query": q, "difference": differences[q], "a": pairs[q][0], "b": pairs[q][1]}
+            for q in largest[:CHANGES_SHOWN]
         ],
     }
 
 
-def _seen(a: dict, b: dict) -> bool:
-    return a["trained_on"] or b["trained_on"]
-
-
 def side_by_side(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
-    """The figures of A and B side by side, and B less A."""
+    """Table rows: a figure's name, its values for A and B, and B - A."""
 
     def row(name: str, pick, form: str) -> tuple[str, ...]:
         a, b = map(pick, summaries)
@@ -96,7 +96,7 @@ def side_by_side(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
     ]
     rows += [row(flag.replace("_", " "), lambda s, f=flag: s["shares"][f], ".1%") for flag in FLAGS]
     rows += [
-        row("lines a query", lambda s: sum(s["lines"].values()), ".2f"),
+        row("lines per query", lambda s: sum(s["lines"].values()), ".2f"),
         row("lines QMD keeps", lambda s: s["qmd"]["kept"], ".2f"),
         row("share of lines kept", lambda s: s["qmd"]["kept_share"], ".1%"),
         row("falls back", lambda s: s["qmd"]["falls_back"], ".1%"),
@@ -108,7 +108,7 @@ def side_by_side(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
 
 
 def format_difference(result: dict) -> str:
-    """The verdict of `compare` with its interval, and what speaks against trusting it."""
+    """The verdict of `compare` with its interval, and warnings that limit its validity."""
     out = []
     if result["settings"]:
         differing = (f"{name} {a} and {b}" for name, (a, b) in result["settings"].items())
@@ -127,12 +127,19 @@ def format_difference(result: dict) -> str:
         rest = result["difference_unseen"]
         out.append(
             f"LEAK: A or B was trained on {result['trained_on']} of them; "
-            + (f"without these {rest:+.2f} points" if rest is not None else "none is left without")
+            + (f"without them {rest:+.2f} points" if rest is not None else "no others are left")
         )
     return "\n".join(out)
 
 
-def format_comparison(names: tuple[str, str], records: tuple[dict, dict], result: dict) -> str:
+def format_comparison(names: Sequence[str], records: Sequence[dict], result: dict) -> str:
+    """The comparison as text.
+
+    Args:
+        names: the two files, as they are shown.
+        records: from `read_results`.
+        result: from `compare`.
+    """
     out = [
         f"{letter}: {name}  ({(record['model'] or {}).get('name', 'scored only')})"
         for letter, name, record in zip("AB", names, records, strict=True)
@@ -147,3 +154,9 @@ def format_comparison(names: tuple[str, str], records: tuple[dict, dict], result
             out.append(f"  {letter.upper()} {change[letter]['percentage']:.1f} %")
             out += [f"    {line}" for line in text.split("\n") if line.strip()]
     return "\n".join(out)
+
+
+def compare_files(paths: Sequence[Path], seed: int) -> str:
+    """Compare two files that `eval.py -o` wrote; return the text to print."""
+    records = [read_results(path) for path in paths]
+    return format_comparison(list(map(str, paths)), records, compare(*records, seed))

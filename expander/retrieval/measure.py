@@ -11,11 +11,12 @@ from itertools import combinations
 import ir_measures
 from ir_measures import RR, R, nDCG
 
-from expander.eval.report import CONFIDENCE, bootstrap, mean, printable, table
 from expander.prompt import TYPES
 from expander.qmd import JS_WHITESPACE, falls_back
 from expander.retrieval.collection import Collection
 from expander.retrieval.index import Searcher, searched_lines
+from expander.statistics import CONFIDENCE, bootstrap, mean
+from expander.text import printable, table
 
 MEASURES = {"ndcg@10": nDCG @ 10, "recall@20": R @ 20, "mrr": RR}
 NAMES = {str(measure): name for name, measure in MEASURES.items()}
