@@ -1,18 +1,20 @@
-"""Evaluate a model: expand queries, score the expansions, and count the lines QMD would keep.
+"""Evaluate a model: score its expansions, and measure whether a search finds more with them.
 
-    python eval.py --model outputs/grpo -o results.json       all queries in evals/queries.txt
+    python eval.py --model outputs/grpo --retrieval -o results.json
+    python eval.py --model outputs/grpo                       the score only, evals/queries.txt
     python eval.py --model outputs/grpo --query "auth config" a single query
     python eval.py --model outputs/grpo --decode qmd --samples 4 --qmd-system-prompt
     python eval.py --compare sft.json grpo.json               is B better than A?
     python eval.py --score-only outputs.jsonl                 expansions from another tool
 
-The score is reward.py's: it measures form and word overlap, not whether a search finds more. QMD's
-search is not run.
+The score is reward.py's: it measures form and word overlap. --retrieval runs QMD's search, without its
+reranker, on judged collections (default: evals/vault), with the bare queries and with their expansions.
 """
 
 import argparse
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from expander import cli
@@ -40,6 +42,18 @@ def parse_arguments() -> argparse.Namespace:
     add("-v", "--verbose", action="store_true", help="print each expansion and its deductions")
     add("--golden", type=Path, metavar="FILE", help="JSON Lines of reference expansions")
     add("--fail-under", type=float, metavar="N", help="exit with 1 if the average is below N %%")
+    add(
+        "--retrieval",
+        nargs="*",
+        metavar="COLLECTION",
+        help="measure the search on these collections (default: evals/vault), decoding as QMD does",
+    )
+    add(
+        "--embedder",
+        metavar="NAME",
+        default="wordllama",
+        help="vectors for --retrieval: wordllama (default), none, or http://HOST:PORT/v1#MODEL",
+    )
     add("--score-only", type=Path, metavar="FILE", help='JSON Lines of {"query", "expansion"}')
     add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two files written with -o")
     args = parser.parse_args()
@@ -60,7 +74,9 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
             parser.error("--query: the query is empty or has unprintable characters")
     if args.compare and (args.output or args.golden or args.fail_under is not None):
         parser.error("--compare cannot be used with --output, --golden or --fail-under")
-    if args.samples > 1 and args.decode == "greedy":
+    if args.retrieval is not None and (args.compare or args.query is not None):
+        parser.error("--retrieval cannot be used with --compare or --query")
+    if args.samples > 1 and args.decode == "greedy" and args.retrieval is None:
         parser.error("--samples: greedy decoding has one result; add --decode qmd")
     if args.fail_under is not None and not 0 <= args.fail_under <= 100:
         parser.error("--fail-under takes a percentage from 0 to 100")
@@ -73,50 +89,94 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output {path}: cannot be written: a folder, or in a read-only one")
 
 
+def decode_with(args: argparse.Namespace, chain) -> tuple[Callable, Callable]:
+    """Load the model once.
+
+    Returns:
+        (queries) → their expansions, decoded as the arguments say, and the record's "decode" and
+        "speed"; and (texts of queries) → completions, decoded as QMD does.
+    """
+    from expander.eval import expand
+    from expander.model import load_chain
+
+    loaded = load_chain(chain, fuse_last=True)
+
+    def run(queries, mode: str, samples: int):
+        settings = expand.decode_settings(
+            mode, args.max_new_tokens, args.qmd_system_prompt, samples
+        )
+        decoder = expand.Decoder(chain, loaded, settings, args.batch_size, args.seed)
+        return settings, *expand.expand(decoder, queries)
+
+    def as_asked(queries):
+        settings, expansions, speed = run(
+            queries, args.decode, args.samples if args.decode == "qmd" else 1
+        )
+        return expansions, {"decode": settings, "speed": speed}
+
+    def as_qmd(texts):
+        _, expansions, _ = run([(text, None) for text in texts], "qmd", args.samples)
+        return [[expansion.text for expansion in samples] for samples in expansions]
+
+    return as_asked, as_qmd
+
+
 def evaluate(args: argparse.Namespace) -> int:
-    """Expand or read expansions, then measure, print and write; return the exit code."""
-    from expander.eval import expand, inputs, measure, report
+    """Expand or read expansions, then measure, write and print; return the exit code."""
+    from expander.eval import inputs, measure, report
     from expander.eval.comparison import SCHEMA
     from expander.files import write_json
     from expander.model import read_chain, trained_model
+    from expander.retrieval import evaluate as retrieval
 
     if args.output:
         check_output(args.output)
     golden = inputs.read_golden(args.golden) if args.golden else {}
+    chain = None
     if args.score_only:
         queries, expansions = inputs.read_expansions(args.score_only, args.max_queries)
+        decoding = {"decode": {"mode": "score-only"}, "speed": None}
     else:
         queries = inputs.choose_queries(args.query, args.queries, golden)[: args.max_queries]
+        chain = read_chain(args.model or trained_model())
     references = inputs.find_references(golden, queries)
     if args.golden and not references:
         raise ValueError(f"--golden {args.golden}: the file has none of the evaluated queries")
+    tasks = []
+    if args.retrieval is not None:
+        sources = args.retrieval or [str(retrieval.VAULT)]
+        tasks = retrieval.prepare(sources, args.embedder, args.max_queries)
 
-    chain, settings, speed = None, {"mode": "score-only"}, None
-    if not args.score_only:
-        chain = read_chain(args.model or trained_model())
-        settings = expand.decode_settings(
-            args.decode, args.max_new_tokens, args.qmd_system_prompt, args.samples
-        )
-        expansions, speed = expand.expand(chain, queries, settings, args.batch_size, args.seed)
+    if args.score_only:
+        texts = {query: found for (query, _), found in zip(queries, expansions, strict=True)}
+        expand = retrieval.look_up({q: [x.text for x in found] for q, found in texts.items()})
+    else:
+        as_asked, expand = decode_with(args, chain)
+        expansions, decoding = as_asked(queries)
     results = measure.measure_all(queries, expansions)
-    leaks = inputs.mark_leaks(results, chain.adapters if chain else ())
     record = {
         "schema": SCHEMA,
-        "model": chain.describe() if chain else None,
-        "decode": settings,
+        "model": chain.describe() | {"weights_sha256": chain.base_hashes()} if chain else None,
+        "decode": decoding["decode"],
         "seed": args.seed,
         "summary": measure.summarize(results, args.seed),
-        "leaks": leaks,
+        "leaks": inputs.mark_leaks(results, chain.adapters if chain else ()),
         "golden": measure.compare_golden(results, references) if references else None,
-        "speed": speed,
+        "speed": decoding["speed"],
+        "retrieval": {
+            task.collection.name: retrieval.evaluate(task, expand, args.seed) for task in tasks
+        },
         "results": results,
     }
+    if args.output:  # before anything is printed: a broken pipe must not lose it
+        write_json(args.output, record)
     single = args.query is not None
     print(report.format_record(record, samples=args.verbose or single, summary=not single))
+    for found in record["retrieval"].values():
+        print(f"\n{retrieval.format_retrieval(found)}")
+    if not single and not tasks:
+        print("\nretrieval  not measured; add --retrieval to see whether a search finds more")
     if args.output:
-        if chain:
-            record["model"]["weights_sha256"] = chain.base_hashes()
-        write_json(args.output, record)
         print(f"\n{args.output}: results of {len(results)} queries")
     average = record["summary"]["average"]
     if args.fail_under is not None and average < args.fail_under:

@@ -208,12 +208,12 @@ def test_a_query_that_qmd_would_not_expand_is_left_out_and_counted():
     result = judge(found, searcher, expansions)
     assert result["queries"]["strong_signal"] == 1 and result["queries"]["measured"] == 1
     assert [row["id"] for row in result["per_query"]] == ["q2"]
-    with pytest.raises(ValueError, match="QMD would not expand"):
+    with pytest.raises(ValueError, match="QMD would expand 1, and none"):
         judge(found, searcher, {"q1": ["lex: zeppelin"]})
 
 
 def test_expansions_of_other_queries_are_an_error():
-    with pytest.raises(ValueError, match="none of its 4 judged queries has an expansion"):
+    with pytest.raises(ValueError, match=r"its 4 judged queries .*none of those has an expansion"):
         judge(collection(QRELS, QUERIES, NOTES), Searcher(NOTES), {"q4": ["lex: x"], "q1": []})
 
 

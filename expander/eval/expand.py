@@ -8,7 +8,7 @@ from expander import cli
 from expander.decode import Completion, Sampler, generate, length_groups, random_keys
 from expander.eval.grammar import QmdSampler, token_table
 from expander.eval.measure import Expansion, Queries
-from expander.model import Chain, end_token, load_chain, model_config
+from expander.model import Chain, end_token, model_config
 from expander.prompt import encode_prompt
 from expander.qmd import QMD_SYSTEM_PROMPT, SAMPLING
 
@@ -41,14 +41,15 @@ class Decoder:
     """A loaded model that decodes queries with the given settings.
 
     Args:
+        loaded: the chain's model and tokenizer, from `load_chain`.
         settings: from `decode_settings`.
         batch_size: maximum number of sequences decoded together.
         seed: seed for sampling.
     """
 
-    def __init__(self, chain: Chain, settings: dict, batch_size: int, seed: int):
+    def __init__(self, chain: Chain, loaded: tuple, settings: dict, batch_size: int, seed: int):
         self.settings, self.batch_size, self.seed = settings, batch_size, seed
-        self.model, self.tokenizer = load_chain(chain, fuse_last=True)
+        self.model, self.tokenizer = loaded
         self.end = end_token(self.tokenizer)
         config = model_config(chain.path)
         self.context = config.get("max_position_embeddings")
@@ -103,15 +104,13 @@ class Decoder:
         return completions, time.monotonic() - start
 
 
-def expand(
-    chain: Chain, queries: Queries, settings: dict, batch_size: int, seed: int
-) -> tuple[list[list[Expansion]], dict]:
+def expand(decoder: Decoder, queries: Queries) -> tuple[list[list[Expansion]], dict]:
     """Expand every query; return the expansions of each and the record's "speed".
 
     Raises:
         ValueError: a query is too long for the model, or its tokenizer cannot write QMD's grammar.
     """
-    decoder, samples = Decoder(chain, settings, batch_size, seed), settings["samples"]
+    samples = decoder.settings["samples"]
     prompts = [decoder.encode(query) for query, _ in queries]
     show = cli.Progress("expanded", len(prompts) * samples)
     order, decoded, seconds = [], [], 0.0
@@ -138,7 +137,7 @@ def expand(
         "tokens": tokens,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "batch_size": batch_size,
+        "batch_size": decoder.batch_size,
         "alone": {"tokens": len(first.tokens), "seconds": seconds_alone},
     }
     return [expansions[index] for index in range(len(queries))], speed

@@ -105,15 +105,12 @@ def judge(
     """
     texts = collection.queries
     judged = [query for query in texts if query in collection.qrels]
-    expanded = [query for query in judged if expansions.get(query)]
-    queries = [query for query in expanded if not searcher.skips_expansion(texts[query])]
+    asked = [query for query in judged if not searcher.skips_expansion(texts[query])]
+    queries = [query for query in asked if expansions.get(query)]
     if not queries:
         raise ValueError(
-            f"collection {collection.name}: nothing to measure; {len(expanded)} of its "
-            f"{len(judged)} judged queries are expanded, and QMD would not expand those"
-            if expanded
-            else f"collection {collection.name}: none of its {len(judged)} judged queries has an "
-            "expansion"
+            f"collection {collection.name}: nothing to measure; of its {len(judged)} judged queries "
+            f"QMD would expand {len(asked)}, and none of those has an expansion"
         )
     lines = {q: [searched_lines(texts[q], text) for text in expansions[q]] for q in queries}
     every = [line for samples in lines.values() for sample in samples for line in sample]
@@ -151,8 +148,8 @@ def judge(
         "judged_only": collection.judged_only,
         "queries": {
             "judged": len(judged),
-            "without_expansion": len(judged) - len(expanded),
-            "strong_signal": len(expanded) - len(queries),
+            "without_expansion": len(asked) - len(queries),
+            "strong_signal": len(judged) - len(asked),
             "measured": len(queries),
         },
         "samples": sum(map(len, lines.values())),
