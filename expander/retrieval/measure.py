@@ -305,7 +305,7 @@ def format_retrieval(result: dict) -> str:
             for line in row["lines"]:
                 text = printable(line["text"])
                 text = f"{text[:69]}…" if len(text) > 70 else text
-                out.append(f"  {line['hits']:>2} hits  {line['type']}: {text}")
+                out.append(f"  found {line['hits']:>2}  {line['type']}: {text}")
     return "\n".join(out)
 
 
