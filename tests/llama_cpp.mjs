@@ -1,22 +1,27 @@
-// Asks a real llama.cpp about GGUF files. By hand: node tests/llama_cpp.mjs RESULT.json < request.json
+// Runs GGUF files in a real llama.cpp: node tests/llama_cpp.mjs RESULT.json < request.json
 //
-// request: {"models": [path], "texts": [string], "prompts": [[token]], "steps": number, "query": string}
-// result:  one for each model: {"tokens": of each text, "greedy": the tokens after each prompt,
-//          "wrapper", "chat": the prompt that node-llama-cpp, and so QMD, makes of the query}
+// request: {"models": [path], "texts": [string], "prompts": [[token]], "steps": number,
+//           "query": string, or null to skip "wrapper" and "chat", which take seconds}
+// result:  one object per model: {"tokens": tokens of each text, "greedy": tokens after each prompt,
+//          "wrapper": node-llama-cpp's chat wrapper, "chat": the prompt it makes of the query, as in QMD}
 import fs from "node:fs";
 import {getLlama, LlamaLogLevel, resolveChatWrapper} from "node-llama-cpp";
 
 const {models, texts, prompts, steps, query} = JSON.parse(fs.readFileSync(0, "utf8"));
 const llama = await getLlama({gpu: false, build: "never", skipDownload: true, logLevel: LlamaLogLevel.error});
 
-function chatPrompt(model, wrapper) {
+function chatPrompt(model) {
+    if (query === null)
+        return {};
+    const wrapper = resolveChatWrapper(model);
     const chatHistory = [
         ...wrapper.generateInitialChatHistory(),
         {type: "user", text: query},
         {type: "model", response: []}
     ];
     const {contextText} = wrapper.generateContextState({chatHistory});
-    return model.detokenize(contextText.tokenize(model.tokenizer), true);
+    const chat = model.detokenize(contextText.tokenize(model.tokenizer), true);
+    return {wrapper: wrapper.wrapperName, chat};
 }
 
 async function greedyTokens(sequence, prompt) {
@@ -36,18 +41,17 @@ async function greedyTokens(sequence, prompt) {
 const results = [];
 for (const modelPath of models) {
     const model = await llama.loadModel({modelPath});
-    // One thread: several of them wait for each other on a busy machine.
+    // One thread: on a busy machine several would wait for each other.
     const context = await model.createContext({contextSize: 512, threads: 1});
     const sequence = context.getSequence();
     const greedy = [];
     for (const prompt of prompts)
         greedy.push(await greedyTokens(sequence, prompt));
-    const wrapper = resolveChatWrapper(model);
     const tokens = texts.map((text) => model.tokenize(text, true));
-    results.push({tokens, greedy, wrapper: wrapper.wrapperName, chat: chatPrompt(model, wrapper)});
+    results.push({tokens, greedy, ...chatPrompt(model)});
     await model.dispose();
 }
 
-// To a file: a pipe is cut at 64 KB when the process exits.
+// To a file, because a pipe is cut at 64 KB when the process exits.
 fs.writeFileSync(process.argv[2], JSON.stringify(results));
 process.exit(0);

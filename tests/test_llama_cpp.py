@@ -1,8 +1,9 @@
-"""Exported files in a real llama.cpp: the same tokens, the same answers, the prompt QMD makes.
+"""Exported files in a real llama.cpp: equal tokens, equal greedy answers, and QMD's prompt.
 
-Collected only when npm has installed tests/package.json, as tests/run.sh does where npm is there.
+Collected only if tests/package.json is installed, which tests/run.sh does if npm is available.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -19,6 +20,7 @@ from mlx.utils import tree_flatten
 
 import convert
 from expander import model as models
+from expander.convert import formats
 from expander.convert.gguf_tokenizer import PROBES
 from expander.files import save_arrays
 from expander.model import read_chain
@@ -27,24 +29,16 @@ from expander.qmd import QMD_SYSTEM_PROMPT
 
 HERE = Path(__file__).parent
 QUERIES = ("auth config", "flights to Lisbon in May", "日本語 search")
-# Short enough to be over, end token included, in so many steps.
+# Each ends, end token included, within STEPS tokens.
 ANSWERS = ("lex: auth\n<|im_end|>", "vec: flights to Lisbon\n<|im_end|>", "lex: 日本\n<|im_end|>")
 STEPS = 16
 
 
 def export(folder: Path, output: Path, *kinds: str) -> list[Path]:
-    arguments = [
-        "convert.py",
-        "--model",
-        folder,
-        "--output",
-        output,
-        "--name",
-        "tiny",
-        "--quantize",
-    ]
+    """Run convert.py in this process; returns the GGUF files."""
+    command = ["convert.py", "--model", folder, "--output", output, "--name", "tiny", "--quantize"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [*map(str, arguments), *kinds])
+        patch.setattr(sys, "argv", [*map(str, command), *kinds])
         convert.main()
     return [output / f"tiny-{kind}.gguf" for kind in kinds]
 
@@ -53,14 +47,16 @@ def prompts(tokenizer) -> list[list[int]]:
     return [tokenizer.encode(render_prompt(query), add_special_tokens=False) for query in QUERIES]
 
 
-def llama_cpp(paths: list[Path], ids: list[list[int]], folder: Path) -> list[dict]:
-    """What tests/llama_cpp.mjs finds out about each file."""
+def llama_cpp(
+    paths: list[Path], ids: list[list[int]], folder: Path, query: str | None = None
+) -> list[dict]:
+    """The results of tests/llama_cpp.mjs for each file."""
     request = {
         "models": [str(path) for path in paths],
         "texts": PROBES,
         "prompts": ids,
         "steps": STEPS,
-        "query": user_message("auth config"),
+        "query": query,
     }
     subprocess.run(
         ["node", HERE / "llama_cpp.mjs", folder / "result.json"],
@@ -68,14 +64,14 @@ def llama_cpp(paths: list[Path], ids: list[list[int]], folder: Path) -> list[dic
         text=True,
         check=True,
         timeout=120,
-        # The fast BLAS is for MLX alone.
+        # The fast BLAS is only for MLX.
         env={key: value for key, value in os.environ.items() if key != "LD_PRELOAD"},
     )
     return json.loads((folder / "result.json").read_text())
 
 
 def mlx(model, ids: list[int]) -> list[int]:
-    """Greedy tokens after a prompt in float32, the whole text read again for each."""
+    """Greedy tokens after a prompt in float32, computed without a cache."""
     found = []
     for _ in range(STEPS):
         logits = model(mx.array([ids + found]))[0, -1]
@@ -83,36 +79,43 @@ def mlx(model, ids: list[int]) -> list[int]:
     return found
 
 
-# The seeds are chosen: in float32 the two best of the 48 choices of a greedy answer are never
-# nearer than 0.7 % of the logits' spread, ten times what F16 rounds away.
+# "tied" has the 151,936 rows of Qwen3's vocabulary. The seeds are chosen so that in float32, for each
+# of the 48 tokens, the two largest logits differ by 0.7 % of the logits' range or more, ten times the
+# rounding of F16.
 BASES = {
     "tied": lambda folder: tiny.make_qwen3(folder, hidden=32, full_vocab=True, seed=3),
-    "untied": lambda folder: tiny.make_qwen3(
-        folder, tied=False, hidden=32, full_vocab=True, seed=21
-    ),
+    "untied": lambda folder: tiny.make_qwen3(folder, tied=False, hidden=32, seed=41),
     "llama": lambda folder: tiny.make_llama(folder, seed=4),
 }
 
 
-@pytest.fixture(scope="class", params=BASES)
-def exported(request, tmp_path_factory) -> tuple[Path, dict, list[list[int]]]:
-    """A chain's folder, what llama.cpp says about its F16 file, the prompts.
+@pytest.fixture(scope="class", autouse=True)
+def loaded_once():
+    """Load each tokenizer once: one with 151,669 tokens takes seconds."""
+    load_once = functools.cache(models.load_tokenizer)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models, "load_tokenizer", load_once)
+        patch.setattr(formats, "load_tokenizer", load_once)
+        yield
 
-    The Qwen3s have the real one's 151,936 rows of vocabulary.
-    """
+
+@pytest.fixture(scope="class", params=BASES)
+def exported(request, loaded_once, tmp_path_factory) -> tuple[Path, dict, list[list[int]]]:
+    """A chain's folder, llama.cpp's results for its F16 file, and the prompts."""
     root = tmp_path_factory.mktemp(request.param)
     base = BASES[request.param](root / "base")
     folder = make_chain(root, base)
     ids = prompts(models.load_tokenizer(base))
-    (found,) = llama_cpp(export(folder, root / "gguf", "f16"), ids, root)
+    paths = export(folder, root / "gguf", "f16")
+    (found,) = llama_cpp(paths, ids, root, user_message("auth config"))
     return folder, found, ids
 
 
 @pytest.fixture(scope="class")
-def taught(tmp_path_factory) -> Path:
-    """A Qwen3 with rows of 256 values, as K-quants need, that knows an answer to each query."""
+def trained(loaded_once, tmp_path_factory) -> Path:
+    """A Qwen3 with rows of 256 values, as K-quants need, trained to answer each query."""
     folder = tiny.make_qwen3(
-        tmp_path_factory.mktemp("taught") / "base", hidden=256, heads=4, kv_heads=2, ffn=256
+        tmp_path_factory.mktemp("trained") / "base", hidden=256, heads=4, kv_heads=2, ffn=256
     )
     model, tokenizer = models.load_base(folder), models.load_tokenizer(folder)
     rows = [
@@ -132,7 +135,6 @@ def taught(tmp_path_factory) -> Path:
         value, gradient = value_and_grad(model)
         optimizer.update(model, gradient)
         mx.eval(model.parameters(), optimizer.state, value)
-    print(value)
     save_arrays(folder / "model.safetensors", dict(tree_flatten(model.parameters())))
     return folder
 
@@ -140,13 +142,13 @@ def taught(tmp_path_factory) -> Path:
 class TestLlamaCpp:
     __test__ = (HERE / "node_modules" / "node-llama-cpp").is_dir()
 
-    def test_greedy_answers_are_those_of_mlx(self, exported):
+    def test_greedy_answers_equal_mlxs(self, exported):
         folder, found, ids = exported
         model, _ = models.load_chain(read_chain(str(folder)), fuse_last=True)
         assert found["greedy"] == [mlx(model, prompt) for prompt in ids]
 
     def test_without_the_last_adapter_they_differ(self, exported):
-        """So the test above can fail: it would for a file of the SFT model."""
+        """The test above would fail for a file of the SFT model."""
         folder, found, ids = exported
         model, _ = models.load_chain(read_chain(str(folder / "sft")), fuse_last=True)
         same = [
@@ -156,22 +158,22 @@ class TestLlamaCpp:
         ]
         assert sum(same) < len(same) / 2
 
-    def test_tokens_are_those_of_the_base(self, exported):
+    def test_tokens_equal_the_base_models(self, exported):
         folder, found, _ = exported
         tokenizer = models.load_tokenizer(read_chain(str(folder)).path)
         for text, tokens in zip(PROBES, found["tokens"], strict=True):
             assert tokens == tokenizer.encode(text, add_special_tokens=False), text
 
-    def test_the_prompt_qmd_makes(self, exported):
-        """The trained frame with QMD's system turn: no BOS in front, no think block."""
+    def test_the_prompt_in_qmd(self, exported):
+        """The trained frame with QMD's system turn, no BOS and no think block."""
         _, found, _ = exported
         assert found["wrapper"] == "JinjaTemplate"
         assert found["chat"] == render_prompt("auth config", QMD_SYSTEM_PROMPT)
 
-    def test_every_type_keeps_what_was_learnt(self, taught, tmp_path):
-        tokenizer = models.load_tokenizer(taught)
+    def test_every_type_keeps_the_trained_answers(self, trained, tmp_path):
+        tokenizer = models.load_tokenizer(trained)
         kinds = ("f32", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
-        paths = export(taught, tmp_path, *kinds)
+        paths = export(trained, tmp_path, *kinds)
         results = llama_cpp(paths, prompts(tokenizer), tmp_path)
         for kind, found in zip(kinds, results, strict=True):
             for tokens, answer in zip(found["greedy"], ANSWERS, strict=True):
