@@ -1,9 +1,10 @@
-"""convert.py's files next to those that llama.cpp's own quantiser makes of its f32 file. By hand:
+"""Compare convert.py's files with those that llama.cpp's own quantiser makes from its f32 file.
 
     PYTHONPATH=tests python -m tests.bench.convert_vs_llama_quantize --llama DIR
 
-DIR as in kquants_vs_ggml. A random Qwen3 of 16 layers with rows of 256 is exported in every quantised
-type; tensors are compared byte for byte and keys one by one. Exit code 1 when anything differs.
+DIR is as in kquants_vs_ggml. A random Qwen3 of 16 layers with rows of 256 values is exported in every
+quantised type; tensors are compared byte for byte and keys one by one. The exit code is 1 if anything
+differs.
 """
 
 import argparse
@@ -23,7 +24,7 @@ TYPES = ("q8_0", "q6_k", "q5_k_m", "q4_k_m")
 
 
 def contents(path: Path) -> tuple[dict, dict]:
-    """The keys and the tensors of a file, by name."""
+    """The keys and tensors of a file, by name."""
     reader = gguf.GGUFReader(path)
     keys = {k: f.contents() for k, f in reader.fields.items() if not k.startswith("GGUF.")}
     return keys, {t.name: (t.tensor_type, t.data.tobytes()) for t in reader.tensors}

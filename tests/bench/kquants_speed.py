@@ -1,8 +1,8 @@
-"""Parameters quantised a second, and memory. By hand: python -m tests.bench.kquants_speed
+"""Measure the speed and memory of the quantisers: python -m tests.bench.kquants_speed
 
-All figures are from one run on this machine: kquants for the three K-quants and for the mix of a
-Qwen3-1.7B in Q4_K_M, the gguf package's Q8_0, and, when it is installed, the PyPI package libgguf,
-which wraps ggml's own single-threaded C.
+One run prints the rates of kquants for the three K-quants and for the mix of a Qwen3-1.7B in Q4_K_M,
+of the gguf package's Q8_0 and, if it is installed, of the PyPI package libgguf, which wraps ggml's
+own single-threaded C.
 """
 
 import importlib.util
@@ -45,7 +45,7 @@ def mix() -> Counter[GGMLQuantizationType]:
 
 
 def rate(run: Quantiser, array: np.ndarray, qtype: GGMLQuantizationType) -> float:
-    """Million parameters a second, the best of some rounds."""
+    """Million parameters per second, the best of ROUNDS."""
     seconds = []
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -55,7 +55,7 @@ def rate(run: Quantiser, array: np.ndarray, qtype: GGMLQuantizationType) -> floa
 
 
 def rates(name: str, run: Quantiser, array: np.ndarray) -> float:
-    """Print the rate of each K-quant; return the rate of the mix."""
+    """Print the rate of each K-quant and of the mix; returns the latter."""
     by_type = {qtype: rate(run, array, qtype) for qtype in K_TYPES}
     counts = mix()
     mixed = counts.total() / sum(count / by_type[qtype] for qtype, count in counts.items())
@@ -79,7 +79,7 @@ def main() -> None:
         result = quantize(array, qtype)
         peak = tracemalloc.get_traced_memory()[1] - result.nbytes
         tracemalloc.stop()
-        print(f"{qtype.name}: {peak / 1e6:.0f} MB at the peak, beside the input and the result")
+        print(f"{qtype.name}: peak {peak / 1e6:.0f} MB besides the input and the result")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
-"""kquants next to ggml's own quantiser, byte for byte. By hand:
+"""Compare kquants with ggml's own quantiser, byte for byte.
 
     python -m tests.bench.kquants_vs_ggml --llama DIR [--blocks N] [--digests]
 
-DIR holds llama.cpp's shared libraries (libggml-base and libllama), for instance the folder
-`bins/…` of the npm package `@node-llama-cpp/linux-x64`. Blocks of many kinds of weights go through
-ggml_quantize_chunk, and small models through llama_model_quantize, which also picks each tensor's
-type. Exit code 1 when a byte of a K-quant or of a model differs; Q5_0, Q5_1 and Q8_0 are the gguf
-package's own, and differ from ggml for subnormal numbers. Without --llama, the PyPI package libgguf
-stands in for the first part. `--digests` prints the table that tests/test_kquants.py pins.
+DIR holds llama.cpp's shared libraries (libggml-base and libllama), for example the folder `bins/…`
+of the npm package `@node-llama-cpp/linux-x64`. Blocks of many kinds of weights go through
+ggml_quantize_chunk, and small models through llama_model_quantize, which also chooses the type of
+each tensor. The exit code is 1 if a byte of a K-quant or of a model differs. Q5_0, Q5_1 and Q8_0 are
+the gguf package's own and differ from ggml's for subnormal numbers. Without --llama, the PyPI package
+libgguf is used for the blocks, and models are skipped. `--digests` prints the table in
+tests/test_kquants.py.
 """
 
 import argparse
@@ -31,7 +32,9 @@ Quantiser = Callable[[np.ndarray, GGMLQuantizationType], np.ndarray]
 def library(folder: Path, name: str) -> ctypes.CDLL:
     found = sorted(folder.glob(f"{name}.*"))
     if not found:
-        sys.exit(f"error: no {name}.* in {folder}; give the folder of llama.cpp's shared libraries")
+        sys.exit(
+            f"error: no {name}.* in {folder}; choose the folder of llama.cpp's shared libraries"
+        )
     return ctypes.CDLL(str(found[0]))
 
 
@@ -77,7 +80,7 @@ def compare_blocks(reference: Quantiser, blocks: int) -> bool:
         counts = []
         for qtype in TYPES:
             size = GGML_QUANT_SIZES[qtype][1]
-            with np.errstate(all="ignore"):  # gguf's own types warn about subnormal numbers
+            with np.errstate(all="ignore"):  # the gguf package warns about subnormal numbers
                 ours = quantize(array, qtype).reshape(-1, size)
             equal = (ours == reference(array, qtype).reshape(-1, size)).all(axis=1)
             counts.append(f"{equal.sum()}/{equal.size}")
@@ -87,13 +90,13 @@ def compare_blocks(reference: Quantiser, blocks: int) -> bool:
 
 
 class QuantizeParams(ctypes.Structure):
-    """llama_model_quantize_params up to the fields used here, with room for the rest."""
+    """llama_model_quantize_params: the fields used here, and room for the others."""
 
     _fields_ = [("nthread", ctypes.c_int32), ("ftype", ctypes.c_int), ("rest", ctypes.c_char * 248)]
 
 
 def write_model(path: Path, hidden: int, ffn: int, layers: int, tied: bool) -> None:
-    """A llama without a vocabulary: enough for llama.cpp to quantise."""
+    """A llama without a vocabulary, which is enough for llama.cpp's quantiser."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_block_count(layers)
     writer.add_context_length(64)
@@ -146,7 +149,7 @@ def compare_models(folder: Path) -> bool:
                     str(source).encode(), str(target).encode(), ctypes.byref(params)
                 )
                 if status:
-                    sys.exit(f"error: llama_model_quantize gave {status} for {label}")
+                    sys.exit(f"error: llama_model_quantize returned {status} for {label}")
                 tensors = gguf.GGUFReader(target).tensors
                 equal = 0
                 for tensor in tensors:
@@ -165,7 +168,9 @@ def compare_models(folder: Path) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--llama", type=Path, metavar="DIR", help="llama.cpp's shared libraries")
-    parser.add_argument("--blocks", type=int, default=4096, help="blocks for each random case")
+    parser.add_argument(
+        "--blocks", type=int, default=4096, help="blocks per random case (default: %(default)s)"
+    )
     parser.add_argument("--digests", action="store_true", help="print the digests of ggml's bytes")
     args = parser.parse_args()
     if args.llama:

@@ -1,7 +1,7 @@
-"""Two trainers measured in one run: each in a process of its own, one training while the other waits.
+"""Measure two trainers in one run: each in its own process, taking turns.
 
-Peaks of memory are then each one's own, and whatever else the machine does meets both alike. A worker
-tells what it has done in a line of JSON on its standard output, and goes on when it is sent a line.
+Each process has its own memory peak, and other load on the machine affects both. A worker reports in
+lines of JSON on its standard output, and continues when it receives a line.
 """
 
 import contextlib
@@ -13,39 +13,41 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import mlx.core as mx
+from mlx_lm.cli_ui import make_console
+
 
 class Turn:
-    """A worker's side. Seconds are those between its pauses alone."""
+    """The worker's side; `seconds` counts the time between its pauses."""
 
     def __init__(self):
         self.channel, self.seconds, self.since = sys.stdout, 0.0, None
 
     def stop(self) -> None:
-        """End the time that is counted."""
+        """Stop the clock."""
         if self.since is not None:
             self.seconds += time.perf_counter() - self.since
             self.since = None
 
     def pause(self, news: str = "") -> None:
-        """Let the other side have its turn; time is counted from the end of the first pause on."""
+        """Let the other side take its turn. The clock starts after the first pause."""
         self.stop()
-        self._tell({"news": news})
+        self._send({"news": news})
         if not sys.stdin.readline():
-            sys.exit("the other process has gone")
+            sys.exit("the parent process has ended")
         self.since = time.perf_counter()
 
     def finish(self, figures: dict[str, float]) -> None:
-        self._tell({"figures": figures | {"seconds": self.seconds}})
+        """Report the figures of this side, with its seconds."""
+        self._send({"figures": figures | {"seconds": self.seconds}})
 
-    def _tell(self, what: dict) -> None:
-        print(json.dumps(what), file=self.channel, flush=True)
+    def _send(self, message: dict) -> None:
+        print(json.dumps(message), file=self.channel, flush=True)
 
 
 @contextlib.contextmanager
 def working(log: Path) -> Iterator[Turn]:
-    """A worker's process: all that is printed goes to `log`, the turn's lines to standard output."""
-    from mlx_lm.cli_ui import make_console
-
+    """A worker's context: prints go to `log`, and the turn's lines to standard output."""
     make_console().quiet = True
     turn = Turn()
     with log.open("w", encoding="utf-8") as stream, contextlib.redirect_stdout(stream):
@@ -53,16 +55,14 @@ def working(log: Path) -> Iterator[Turn]:
 
 
 def peaks() -> dict[str, float]:
-    """The most memory so far in GB: what MLX held, and the resident set of the process."""
-    import mlx.core as mx
-
-    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss, in bytes
+    """Peak memory so far in GB: MLX's allocations, and the resident set of the process."""
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes per unit of ru_maxrss
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     return {"peak memory": mx.get_peak_memory() / 1e9, "resident set": resident / 1e9}
 
 
 def alternate(sides: Sequence[str], command: Callable[[str], list]) -> dict[str, dict[str, float]]:
-    """Run `command(side)` of each side in turns until all have ended; the figures of each."""
+    """Run `command(side)` for each side, in turns until all have ended; returns each side's figures."""
     workers = {
         side: subprocess.Popen(
             command(side), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -70,14 +70,14 @@ def alternate(sides: Sequence[str], command: Callable[[str], list]) -> dict[str,
         for side in sides
     }
 
-    def listen(side: str) -> dict:
+    def receive(side: str) -> dict:
         line = workers[side].stdout.readline()
         if not line:
             sys.exit(f"error: {side} ended with {workers[side].wait()}")
         return json.loads(line)
 
     for side in sides:
-        listen(side)  # loaded
+        receive(side)  # it has loaded its model
     figures: dict[str, dict[str, float]] = {}
     while len(figures) < len(sides):
         for side in sides:
@@ -85,16 +85,16 @@ def alternate(sides: Sequence[str], command: Callable[[str], list]) -> dict[str,
                 continue
             workers[side].stdin.write("\n")
             workers[side].stdin.flush()
-            heard = listen(side)
-            if "figures" in heard:
-                figures[side] = heard["figures"]
+            message = receive(side)
+            if "figures" in message:
+                figures[side] = message["figures"]
             else:
-                print(f"{side:12} {heard['news']}", flush=True)
+                print(f"{side:12} {message['news']}", flush=True)
     return figures
 
 
 def print_table(figures: dict[str, dict[str, float]], goals: dict[str, str]) -> None:
-    """One row a figure: the first side, the second, the first over the second, the goal for that."""
+    """Print one row per figure: both sides, the ratio of the first to the second, and its goal."""
     ours, theirs = figures
     print(f"\n{'':18}{ours:>12}{theirs:>14}     ratio  goal")
     for name, value in figures[ours].items():
