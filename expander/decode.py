@@ -1,48 +1,57 @@
-"""Batched decoding, one for rollouts and evaluation: every prompt prefilled once, rows refilled."""
+"""Batched decoding for rollouts and evaluation.
+
+Each prompt is prefilled once for all its samples; finished rows are replaced by waiting ones.
+Shapes: B rows in the batch, P prompts, V vocabulary, D hidden size.
+"""
 
 import hashlib
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx_lm.models.cache import BatchKVCache
 
 from expander.model import hidden_states, lm_head
 
 
 @dataclass
 class Completion:
-    """Sampled ids as they came, the end token included; `finished` is False when cut at the limit."""
+    """Sampled token ids with the end token; `finished` is False if cut off at the token limit."""
 
     tokens: list[int]
     finished: bool = False
 
     def text(self, tokenizer) -> str:
-        """Without the end token."""
+        """The decoded text, without the end token."""
         return tokenizer.decode(self.tokens[:-1] if self.finished else self.tokens)
 
 
 class Sampler:
-    """Greedy choice. A sampler maps logits to tokens and may carry arrays of one row a sequence."""
+    """Greedy choice, and the interface of samplers.
+
+    A sampler's state is a list of arrays with one row per sequence; `generate` keeps their rows in
+    step with the batch.
+    """
 
     def start(self, rows: int) -> list[mx.array]:
         """The state of `rows` new sequences."""
         return []
 
     def __call__(self, logits: mx.array, state: list[mx.array]) -> tuple[mx.array, list[mx.array]]:
-        """logits (B, V) float32 → tokens (B,), and the state after them."""
+        """Map logits (B, V) in float32 to tokens (B,) and the next state."""
         return mx.argmax(logits, axis=-1), state
 
 
 class KeyedSampler(Sampler):
-    """Every sequence has a random key of its own: its text does not depend on the others in the batch."""
+    """Base of random samplers: one key per sequence, so a text does not depend on its batch."""
 
     def __init__(self, keys: np.ndarray):
         """
         Args:
-            keys: (sequences, 2) uint32, in the order in which the sequences are started.
+            keys: (sequences, 2) uint32, in the order in which sequences start.
         """
         self.keys = mx.array(keys)
         self.started = 0
@@ -53,7 +62,7 @@ class KeyedSampler(Sampler):
 
 
 class TemperatureSampler(KeyedSampler):
-    """softmax(logits / T), drawn by the Gumbel trick: no sorting."""
+    """Sample from softmax(logits / temperature)."""
 
     def __init__(self, temperature: float, keys: np.ndarray):
         super().__init__(keys)
@@ -66,29 +75,68 @@ class TemperatureSampler(KeyedSampler):
 
 
 def random_keys(names: Sequence[str], seed: int) -> np.ndarray:
-    """A key for every sequence, from the seed and the sequence's own name alone: (N, 2) uint32."""
+    """One key per sequence, (N, 2) uint32, which depends only on the seed and the name."""
     digests = [hashlib.sha256(f"{seed}\n{name}".encode()).digest()[:8] for name in names]
     return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)
 
 
-def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]], copies: Sequence[int]):
-    """(cache, logits) after the prompts, each computed once and repeated `copies` times."""
-    from mlx_lm.models.cache import BatchKVCache
+class Batch:
+    """The rows that are decoded together: cache, sampler state and next logits of each."""
 
-    longest = max(map(len, prompts))
-    padding = [longest - len(p) for p in prompts]
-    tokens = mx.array([[0] * pad + list(p) for pad, p in zip(padding, prompts, strict=True)])
-    cache = [BatchKVCache(padding) for _ in model.layers]
-    last = hidden_states(model, tokens, cache)[:, -1]  # (P, D)
-    rows = mx.array([i for i, n in enumerate(copies) for _ in range(n)])
-    for layer in cache:
-        layer.filter(rows)
-    return cache, lm_head(model)(last)[rows].astype(mx.float32)
+    def __init__(self, model: nn.Module, sampler: Sampler):
+        self.model, self.head, self.sampler = model, lm_head(model), sampler
+        self.clear()
+
+    def clear(self) -> None:
+        self.rows: list[int] = []  # the index of each row's completion
+        self.cache, self.state = [], []
+        self.tokens = self.logits = None  # (B,), (B, V) float32
+
+    def add(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], copies: Sequence[int]):
+        """Add rows: run each prompt once and give it `copies` rows, one per sample."""
+        longest = max(map(len, prompts))
+        padding = [longest - len(prompt) for prompt in prompts]
+        tokens = [[0] * pad + list(ids) for pad, ids in zip(padding, prompts, strict=True)]
+        cache = [BatchKVCache(padding) for _ in self.model.layers]
+        last = hidden_states(self.model, mx.array(tokens), cache)[:, -1]  # (P, D)
+        repeated = mx.array([i for i, count in enumerate(copies) for _ in range(count)])
+        for layer in cache:
+            layer.filter(repeated)
+        logits = self.head(last)[repeated].astype(mx.float32)
+        state = self.sampler.start(len(rows))
+        if self.rows:
+            for old, new in zip(self.cache, cache, strict=True):
+                old.extend(new)
+            self.logits = mx.concatenate([self.logits, logits])
+            self.state = [mx.concatenate(pair) for pair in zip(self.state, state, strict=True)]
+        else:
+            self.cache, self.state, self.logits = cache, state, logits
+        self.rows.extend(rows)
+
+    def sample(self) -> list[int]:
+        """Choose the next token of every row."""
+        self.tokens, self.state = self.sampler(self.logits, self.state)
+        return self.tokens.tolist()
+
+    def keep(self, positions: Sequence[int]) -> None:
+        """Remove all rows but those at these positions."""
+        kept = mx.array(positions)
+        for layer in self.cache:
+            layer.filter(kept)
+        self.state = [array[kept] for array in self.state]
+        self.tokens = self.tokens[kept]
+        self.rows = [self.rows[position] for position in positions]
+
+    def step(self) -> None:
+        """Run the model on the sampled tokens."""
+        hidden = hidden_states(self.model, self.tokens[:, None], self.cache)[:, -1]  # (B, D)
+        self.logits = self.head(hidden).astype(mx.float32)
 
 
 def length_groups(lengths: Sequence[int]) -> list[list[int]]:
-    """Indices by length, the shortest first, parted where a prompt is over twice as long as the
-    first of its group and 64 tokens more: a batch and its cache are as wide as the longest row.
+    """Group indices by length, shortest first, because a batch is padded to its longest row.
+
+    A new group starts at a prompt longer than 64 tokens plus twice the first of the group.
 
     >>> length_groups([2000, 20, 30, 104, 105])
     [[1, 2, 3], [4], [0]]
@@ -112,72 +160,47 @@ def generate(
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """Complete every prompt `samples` times, many rows at once.
-
-    Rows that finish leave the batch and waiting prompts take their place.
+    """Complete every prompt `samples` times, in batches.
 
     Args:
         prompts: token ids.
-        end: the id that ends a completion; it is kept in the completion.
-        batch_size: the most rows decoded together.
-        progress: called with the number of completions done, whenever it changes.
+        max_tokens: maximum length of a completion, including the end token.
+        end: the token id that ends a completion.
+        sampler: greedy by default.
+        batch_size: maximum number of rows decoded together.
+        progress: called with the number of finished completions whenever it changes.
 
     Returns:
         `samples` completions of the first prompt, then of the second, and so on.
     """
-    sampler = sampler or Sampler()
-    head = lm_head(model)
-    done = [Completion([]) for _ in range(len(prompts) * samples)]
-    waiting = deque(range(len(done)))
-    active: list[int] = []  # indices into `done`, one a row of the batch
-    cache, state, logits = [], [], None
-    finished = 0
-
-    def admit() -> None:
-        """Fill the free rows: a prompt's waiting samples share one prefill."""
-        nonlocal cache, state, logits
-        rows = [waiting.popleft() for _ in range(min(batch_size - len(active), len(waiting)))]
-        sources = sorted({row // samples for row in rows})
-        copies = [sum(row // samples == source for row in rows) for source in sources]
-        fresh, fresh_logits = _prefill(model, [prompts[source] for source in sources], copies)
-        fresh_state = sampler.start(len(rows))
-        if active:
-            for old, new in zip(cache, fresh, strict=True):
-                old.extend(new)
-            logits = mx.concatenate([logits, fresh_logits])
-            state = [mx.concatenate(pair) for pair in zip(state, fresh_state, strict=True)]
-        else:
-            cache, state, logits = fresh, fresh_state, fresh_logits
-        active.extend(rows)
-
-    while active or waiting:
-        # A refill costs a prefill, a compaction a copy of the cache: both wait for a few free rows.
-        if waiting and (not active or batch_size - len(active) >= max(1, batch_size // 8)):
-            admit()
-        tokens, state = sampler(logits, state)
-        keep = []
-        for row, (index, token) in enumerate(zip(active, tokens.tolist(), strict=True)):
-            completion = done[index]
+    completions = [Completion([]) for _ in range(len(prompts) * samples)]
+    waiting = deque(range(len(completions)))
+    batch, done = Batch(model, sampler or Sampler()), 0
+    while batch.rows or waiting:
+        # Adding rows takes a prefill and removing rows copies the cache, so do several at a time.
+        free = batch_size - len(batch.rows)
+        if waiting and (not batch.rows or free >= max(1, batch_size // 8)):
+            rows = [waiting.popleft() for _ in range(min(free, len(waiting)))]
+            counts = Counter(row // samples for row in rows)  # samples by prompt
+            batch.add(rows, [prompts[index] for index in counts], list(counts.values()))
+        unfinished = []
+        for position, token in enumerate(batch.sample()):
+            completion = completions[batch.rows[position]]
             if completion.finished or len(completion.tokens) >= max_tokens:
-                continue  # a row that ended earlier and still awaits compaction
+                continue  # ended at an earlier step, but not removed yet
             completion.tokens.append(token)
             completion.finished = token == end
             if completion.finished or len(completion.tokens) == max_tokens:
-                finished += 1
+                done += 1
                 if progress is not None:
-                    progress(finished)
+                    progress(done)
             else:
-                keep.append(row)
-        if not keep:
-            active, logits = [], None
+                unfinished.append(position)
+        if not unfinished:
+            batch.clear()
             continue
-        free = len(active) - len(keep)
-        if free and (waiting or free >= max(1, len(active) // 8)):
-            rows = mx.array(keep)
-            for layer in cache:
-                layer.filter(rows)
-            state = [array[rows] for array in state]
-            tokens = tokens[rows]
-            active = [active[row] for row in keep]
-        logits = head(hidden_states(model, tokens[:, None], cache)[:, -1]).astype(mx.float32)
-    return done
+        ended = len(batch.rows) - len(unfinished)
+        if ended and (waiting or ended >= max(1, len(batch.rows) // 8)):
+            batch.keep(unfinished)
+        batch.step()
+    return completions

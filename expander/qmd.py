@@ -1,6 +1,6 @@
-"""What QMD does with the model: its system prompt, its sampling, and the lines it keeps.
+"""How QMD uses the model: its system prompt, its sampling, and the lines it keeps.
 
-Read from QMD 2.8.3 (`expandQuery` in its dist/llm.js) and the node-llama-cpp 3.20.0 it runs on.
+Source: `expandQuery` in dist/llm.js of QMD 2.8.3, and node-llama-cpp 3.20.0, which it runs on.
 """
 
 import re
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from expander.prompt import TYPES
 
-# node-llama-cpp puts this system turn in front when the GGUF has the stock Qwen3 template.
+# node-llama-cpp adds this system turn if the GGUF has the stock Qwen3 template.
 QMD_SYSTEM_PROMPT = (
     "You are a helpful, respectful and honest assistant. Always answer as helpfully as possible.\n"
     "If a question does not make any sense, or is not factually coherent, explain why instead of "
@@ -16,7 +16,7 @@ QMD_SYSTEM_PROMPT = (
     "false information."
 )
 
-# What String.prototype.trim strips; Python's str.strip differs at U+001C-1F, U+0085 and U+FEFF.
+# String.prototype.trim strips these; Python's str.strip differs at U+001C-1F, U+0085 and U+FEFF.
 JS_WHITESPACE = (
     "\t\n\v\f\r \u00a0\u1680\u2000\u2001\u2002\u2003\u2004\u2005\u2006\u2007\u2008\u2009\u200a"
     "\u2028\u2029\u202f\u205f\u3000\ufeff"
@@ -26,11 +26,11 @@ TERM = re.compile("[a-z0-9]+")
 
 @dataclass(frozen=True)
 class Sampling:
-    """The decoding options of QMD's call.
+    """Decoding options that QMD passes to node-llama-cpp.
 
-    The presence penalty is what QMD asks for, over the last `penalty_last_n` generated tokens.
-    node-llama-cpp 3.20.0 applies it only when its repeat penalty is not 1, which QMD leaves at 1:
-    with one seed the text is the same for 0, 0.5 and 50.
+    `presence_penalty` covers the last `penalty_last_n` generated tokens, but has no effect:
+    node-llama-cpp 3.20.0 applies it only if the repeat penalty is not 1, and QMD leaves that at 1.
+    With the same seed the text is the same for 0, 0.5 and 50.
     """
 
     temperature: float = 0.7
@@ -47,10 +47,10 @@ SAMPLING = Sampling()
 def kept_lines(query: str, text: str) -> list[tuple[str, str]]:
     r"""The (type, text) pairs of a raw completion that QMD searches with.
 
-    A line is dropped when its type is unknown or its text holds none of the query's terms, the
-    runs of ASCII letters and digits of the lower-cased query. A query without any such term, as
-    in a non-Latin script, keeps every line. (Later, QMD also leaves out a text that equals the
-    query: it searches with that anyway.)
+    QMD drops a line if its type is unknown or its text contains none of the query's terms: the
+    runs of ASCII letters and digits in the lower-cased query. For a query without terms, such as
+    one in a non-Latin script, it keeps every line. (It later skips a text equal to the query,
+    which it searches with anyway.)
 
     >>> kept_lines("auth config", "lex: auth settings\nvec: how to sign in\nNote: auth")
     [('lex', 'auth settings')]

@@ -1,4 +1,4 @@
-"""decode.py: the same tokens as mlx-lm's generator, in any batch, and how completions end."""
+"""decode.py: the same tokens as mlx-lm's generator in batches of any size, and how rows end."""
 
 import mlx.core as mx
 import pytest
@@ -20,8 +20,8 @@ def loaded(tiny_qwen3):
 
 
 @pytest.fixture(scope="module")
-def alone(loaded) -> list[list[int]]:
-    """What mlx-lm's own generator gives for each prompt on its own, greedily."""
+def expected_tokens(loaded) -> list[list[int]]:
+    """Greedy tokens of mlx-lm's own generator, one prompt at a time."""
     from mlx_lm.generate import generate_step
 
     model, prompts, _ = loaded
@@ -39,24 +39,24 @@ def ending(tokens: list[list[int]]) -> int:
 
 
 def cut(tokens: list[int], end: int) -> Completion:
-    """What a completion must be when decoding stops at `end`."""
+    """The expected completion if decoding stops at `end`."""
     if end in tokens:
         return Completion(tokens[: tokens.index(end) + 1], finished=True)
     return Completion(tokens, finished=False)
 
 
-def test_greedy_is_what_mlx_lm_generates(loaded, alone):
+def test_greedy_tokens_equal_mlx_lms(loaded, expected_tokens):
     model, prompts, end = loaded
-    for prompt, expected in zip(prompts, alone, strict=True):
+    for prompt, expected in zip(prompts, expected_tokens, strict=True):
         assert generate(model, [prompt], max_tokens=LIMIT, end=end) == [cut(expected, end)]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 32])
-def test_a_batch_of_any_size_gives_what_each_prompt_gives_alone(batch_size, loaded, alone):
-    """Rows end at different times here, and with a small batch waiting prompts take their place."""
+def test_completions_do_not_depend_on_the_batch_size(batch_size, loaded, expected_tokens):
+    """Rows end at different times, and with a small batch waiting prompts take their place."""
     model, prompts, _ = loaded
-    end = ending(alone)
-    expected = [cut(tokens, end) for tokens in alone]
+    end = ending(expected_tokens)
+    expected = [cut(tokens, end) for tokens in expected_tokens]
     assert {c.finished for c in expected} == {True, False}
     assert len({len(c.tokens) for c in expected}) > 1
     assert generate(model, prompts, max_tokens=LIMIT, end=end, batch_size=batch_size) == expected
@@ -65,28 +65,28 @@ def test_a_batch_of_any_size_gives_what_each_prompt_gives_alone(batch_size, load
 
 
 @pytest.mark.parametrize("batch_size", [4, 5])
-def test_samples_stand_together_prompt_by_prompt(batch_size, loaded, alone):
+def test_samples_are_grouped_by_prompt(batch_size, loaded, expected_tokens):
     model, prompts, _ = loaded
-    end = ending(alone)
+    end = ending(expected_tokens)
     completions = generate(
         model, prompts, max_tokens=LIMIT, end=end, samples=3, batch_size=batch_size
     )
-    assert completions == [cut(tokens, end) for tokens in alone for _ in range(3)]
+    assert completions == [cut(tokens, end) for tokens in expected_tokens for _ in range(3)]
 
 
-def test_the_end_token_is_kept_and_the_limit_holds(loaded, alone):
+def test_the_end_token_is_kept_and_the_limit_is_respected(loaded, expected_tokens):
     model, prompts, _ = loaded
-    end = alone[0][5]
-    first = alone[0].index(end)
+    end = expected_tokens[0][5]
+    first = expected_tokens[0].index(end)
     [stopped] = generate(model, prompts[:1], max_tokens=LIMIT, end=end)
-    assert stopped.finished and stopped.tokens == alone[0][: first + 1]
+    assert stopped.finished and stopped.tokens == expected_tokens[0][: first + 1]
     [at_the_limit] = generate(model, prompts[:1], max_tokens=first + 1, end=end)
     assert at_the_limit == stopped  # the last allowed token may be the end
     [truncated] = generate(model, prompts[:1], max_tokens=first, end=end)
-    assert not truncated.finished and truncated.tokens == alone[0][:first]
+    assert not truncated.finished and truncated.tokens == expected_tokens[0][:first]
 
 
-def test_a_sample_is_its_keys_whatever_else_is_in_the_batch(loaded):
+def test_a_sample_depends_only_on_its_key(loaded):
     model, prompts, end = loaded
     names = [f"{prompt} {sample}" for prompt in range(len(prompts)) for sample in range(4)]
 
@@ -120,12 +120,12 @@ def test_the_temperature_sampler_draws_from_the_softmax():
         shares = [(drawn == i).astype(mx.float32).mean().item() for i in range(3)]
         for share, expected in zip(shares, (0.0900, 0.2447, 0.6652), strict=True):
             assert abs(share - expected) < 0.014
-    # One after the other they are independent: 0.09^2 + 0.2447^2 + 0.6652^2 are equal.
+    # Successive draws are independent: they agree with 0.09^2 + 0.2447^2 + 0.6652^2.
     assert abs((first == second).astype(mx.float32).mean().item() - 0.5105) < 0.015
 
 
 class Counting(Sampler):
-    """Greedy, but carries how many tokens each row has had; records what it is shown."""
+    """Greedy; its state counts each row's tokens. Records its inputs."""
 
     def __init__(self):
         self.seen = []
@@ -139,43 +139,43 @@ class Counting(Sampler):
         return tokens, [state[0] + 1]
 
 
-def test_a_samplers_state_follows_its_row(loaded, alone):
+def test_a_samplers_state_moves_with_its_row(loaded, expected_tokens):
     model, prompts, _ = loaded
-    end = ending(alone)
+    end = ending(expected_tokens)
     sampler = Counting()
     completions = generate(model, prompts, max_tokens=LIMIT, end=end, sampler=sampler, batch_size=2)
-    assert completions == [cut(tokens, end) for tokens in alone]
+    assert completions == [cut(tokens, end) for tokens in expected_tokens]
     assert all(rows == len(state) for rows, _, state in sampler.seen)
     assert all(dtype == mx.float32 for _, dtype, _ in sampler.seen)
     counts = [count for _, _, state in sampler.seen for count in state]
     lengths = [len(c.tokens) for c in completions]
-    # Every row is asked once for each token it has, counting from 0 (ended rows may linger).
+    # Each row is sampled once per token, counting from 0; ended rows may be sampled again.
     for count in range(LIMIT):
         assert counts.count(count) >= sum(length > count for length in lengths)
-    assert any(len(set(state)) > 1 for _, _, state in sampler.seen)  # a refilled row began at 0
+    assert any(len(set(state)) > 1 for _, _, state in sampler.seen)  # a new row starts at 0
 
 
-def test_progress_counts_up_to_all(loaded, alone):
+def test_progress_counts_finished_completions(loaded, expected_tokens):
     model, prompts, _ = loaded
-    told = []
+    counts = []
     generate(
         model,
         prompts,
         max_tokens=LIMIT,
-        end=ending(alone),
+        end=ending(expected_tokens),
         samples=2,
         batch_size=3,
-        progress=told.append,
+        progress=counts.append,
     )
-    assert told == list(range(1, 9))
+    assert counts == list(range(1, 9))
 
 
-def test_nothing_to_do(loaded):
+def test_no_prompts(loaded):
     model, _, end = loaded
     assert generate(model, [], max_tokens=4, end=end) == []
 
 
-def test_the_untied_and_the_llama_layout(tiny_llama, tmp_path):
+def test_untied_and_llama_models(tiny_llama, tmp_path):
     import tiny
     from mlx_lm.generate import generate_step
 

@@ -1,4 +1,4 @@
-"""grammar.py: the token table against hand-written lines, the sampler against worked shares."""
+"""grammar.py: the token table on hand-written lines, the sampler on probabilities worked by hand."""
 
 import re
 from collections import Counter
@@ -14,7 +14,7 @@ from expander.eval.grammar import START, QmdSampler, best_tokens, token_table
 from expander.prompt import encode_prompt
 from expander.qmd import Sampling
 
-# QMD's grammar, written down a second time.
+# QMD's grammar as a regular expression.
 LINE = r"(?:lex|vec|hyde): [^\n]+\n"
 LINES = re.compile(f"(?:{LINE})+")
 BEGUN = re.compile(rf"(?:{LINE})*(?:h|hy|hyd|l|le|v|ve|(?:lex|vec|hyde)(?::(?: [^\n]*)?)?)?")
@@ -31,7 +31,7 @@ def loaded(tiny_qwen3):
 
 
 def walk(table: np.ndarray, ids: list[int]) -> int:
-    """The state after the tokens, or -1."""
+    """The state after the tokens, or -1 if one is forbidden."""
     state = START
     for token in ids:
         state = table[state, token] if state >= 0 else -1
@@ -39,7 +39,7 @@ def walk(table: np.ndarray, ids: list[int]) -> int:
 
 
 def byte_ids(tokenizer, data: bytes) -> list[int]:
-    """One token a byte, whatever merges there are."""
+    """One token per byte, without merges."""
     vocabulary = tokenizer.get_vocab()
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -47,9 +47,9 @@ def byte_ids(tokenizer, data: bytes) -> list[int]:
     return [vocabulary[letters[byte]] for byte in data]
 
 
-@pytest.mark.parametrize("one_a_byte", [True, False])
+@pytest.mark.parametrize("one_per_byte", [True, False])
 @pytest.mark.parametrize(
-    ("text", "may_go_on", "may_end"),
+    ("text", "may_continue", "may_end"),
     [
         ("", True, False),
         ("le", True, False),
@@ -72,20 +72,20 @@ def byte_ids(tokenizer, data: bytes) -> list[int]:
         ("hex: a\n", False, False),
     ],
 )
-def test_the_table_reads_the_grammar(text, may_go_on, may_end, one_a_byte, loaded):
+def test_the_table_accepts_exactly_the_grammar(text, may_continue, may_end, one_per_byte, loaded):
     _, tokenizer, _, end, table = loaded
-    if one_a_byte:
+    if one_per_byte:
         ids = byte_ids(tokenizer, text.encode())
     else:
         ids = tokenizer.encode(text, add_special_tokens=False)
     state = walk(table, ids)
-    assert (state >= 0) == may_go_on
+    assert (state >= 0) == may_continue
     assert (state >= 0 and table[state, end] >= 0) == may_end
     if may_end:
         assert LINES.fullmatch(text)
 
 
-def test_half_a_character_may_only_be_completed(loaded):
+def test_a_split_character_must_be_completed(loaded):
     _, tokenizer, _, end, table = loaded
     state = walk(table, byte_ids(tokenizer, "lex: 東".encode()[:-1]))
     assert table[state, byte_ids(tokenizer, b"\xb1")[0]] >= 0
@@ -102,12 +102,12 @@ def test_control_and_padding_tokens_are_forbidden_everywhere(loaded, tiny_qwen3)
     assert padding > max(tokenizer.get_vocab().values())
     assert (table[:, [start, text, padding]] < 0).all()
     assert (table[:, end] >= 0).sum() == 1  # after a newline
-    think = tokenizer.convert_tokens_to_ids("</think>")  # text like any other to llama.cpp
+    think = tokenizer.convert_tokens_to_ids("</think>")  # ordinary text in llama.cpp
     assert walk(table, [*byte_ids(tokenizer, b"lex: "), think]) >= 0
     assert table[START, think] < 0
 
 
-def test_another_kind_of_vocabulary_is_refused():
+def test_unsuitable_vocabularies_are_rejected():
     def vocabulary(*tokens: str) -> SimpleNamespace:
         return SimpleNamespace(
             added_tokens_decoder={0: SimpleNamespace(content="<|im_end|>", special=True)},
@@ -120,8 +120,8 @@ def test_another_kind_of_vocabulary_is_refused():
         token_table(vocabulary("l", "e", "x", ":", "a"), 8, 0)  # no newline, no space
 
 
-def test_a_thousand_texts_of_an_untrained_model_parse(loaded):
-    """The end token comes only after a newline, and what is cut off is the start of a text."""
+def test_texts_of_an_untrained_model_follow_the_grammar(loaded):
+    """The end token comes only after a newline; a text cut off is a prefix of a valid one."""
     model, tokenizer, prompts, end, table = loaded
     keys = random_keys([f"{query} {i}" for query in QUERIES for i in range(4)], seed=0)
     completions = generate(
@@ -143,7 +143,7 @@ def test_a_thousand_texts_of_an_untrained_model_parse(loaded):
     assert len({tuple(completion.tokens) for completion in completions}) > 950
 
 
-def test_a_text_depends_on_its_own_name_and_the_seed_alone(loaded):
+def test_a_text_depends_only_on_its_name_and_the_seed(loaded):
     model, _, prompts, end, table = loaded
 
     def texts(indices: list[int], seed: int, batch_size: int) -> list[list[int]]:
@@ -166,7 +166,7 @@ def test_a_text_depends_on_its_own_name_and_the_seed_alone(loaded):
 
 
 @pytest.mark.parametrize("width", [40, 64, 65, 5000])
-def test_the_best_tokens_are_those_of_a_full_sort(width):
+def test_best_tokens_agree_with_a_full_sort(width):
     logits = np.random.default_rng(width).normal(size=(7, width)).astype(np.float32)
     logits[0, 30:] = -np.inf  # a grammar's mask may leave whole blocks without a token
     logits[1] = np.sort(logits[1])  # all in the last, incomplete block
@@ -176,7 +176,7 @@ def test_the_best_tokens_are_those_of_a_full_sort(width):
 
 
 def shares(sampler_table: np.ndarray, probabilities: dict[int, float], sampling: Sampling) -> dict:
-    """How often each token is drawn at the start, over 20,000 sequences."""
+    """The share of each token among 20,000 draws."""
     rows = 20_000
     logits = np.full(sampler_table.shape[1], -30.0, np.float32)
     for token, probability in probabilities.items():
@@ -204,7 +204,7 @@ def test_top_p_and_top_k_cut():
     assert shares(everything, probabilities, Sampling(top_p=1.0)).keys() == {1, 2, 3}
 
 
-def test_a_forbidden_token_is_drawn_again_under_the_grammar():
+def test_a_forbidden_token_is_redrawn_under_the_grammar():
     """The bare model draws token 1 with 2/3 and token 2 with 1/3 (token 3 is beyond top-p). Token 1
     is forbidden, then 2 has 0.75 and 3 has 0.25: in all 1/3 + 2/3 x 0.75 = 0.833 and 0.167. With
     the grammar applied first it would be 0.75 and 0.25."""

@@ -26,7 +26,7 @@ WITH_DOCTESTS = sorted(
 )
 
 
-def test_the_frame_to_the_byte():
+def test_prompt_and_target_have_the_exact_bytes():
     prompt = render_prompt("auth config")
     target = render_target([("hyde", "One."), ("lex", "auth settings"), ("vec", "how to")])
     assert (prompt + target).encode() == (
@@ -40,7 +40,7 @@ def test_the_frame_to_the_byte():
     )
 
 
-def test_the_final_newline_can_be_left_out():
+def test_the_final_newline_is_optional():
     lines = [("lex", "a b")]
     assert render_target(lines) == "lex: a b\n<|im_end|>"
     assert render_target(lines, final_newline=False) == "lex: a b<|im_end|>"
@@ -53,7 +53,7 @@ def test_a_system_turn_comes_first():
     )
 
 
-def test_an_intent_is_a_second_line_of_the_users_turn():
+def test_an_intent_is_the_second_line_of_the_user_turn():
     assert user_message("apple", "fruit") == (
         "/no_think Expand this search query: apple\nQuery intent: fruit"
     )
@@ -73,7 +73,7 @@ def test_prompt_ids_hold_the_frame_and_nothing_else(tiny_qwen3):
 @pytest.mark.parametrize(
     "query", ["auth config", "東京 花見", "a /only:lex", "expand: this", "C++"]
 )
-def test_query_of_undoes_user_message(query):
+def test_query_of_inverts_user_message(query):
     assert query_of(user_message(query)) == query
     assert query_of(f"  {user_message(query)}\n") == query
 
@@ -88,10 +88,10 @@ def test_hyde_is_the_first_line_of_a_target():
 
 
 @pytest.mark.parametrize("name", WITH_DOCTESTS)
-def test_the_examples_in_docstrings(name):
+def test_docstring_examples(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0 and result.failed == 0
 
 
-def test_modules_with_examples_are_found():
+def test_modules_with_docstring_examples_are_found():
     assert {"expander.prompt", "expander.cli", "expander.train.logps"} <= set(WITH_DOCTESTS)

@@ -1,3 +1,5 @@
+"""reward.py: cases worked out by hand, random text, the TRL interface and the command."""
+
 import json
 import random
 import re

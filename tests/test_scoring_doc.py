@@ -1,3 +1,5 @@
+"""SCORING.md: every worked example against reward.py."""
+
 import re
 from pathlib import Path
 
@@ -14,7 +16,7 @@ EXAMPLE = re.compile(
 EXAMPLES = list(EXAMPLE.finditer(DOC.read_text(encoding="utf-8")))
 
 
-def test_every_example_is_read():
+def test_every_example_is_found():
     opened = DOC.read_text(encoding="utf-8").count("```example")
     assert opened == len(EXAMPLES) >= 10
 

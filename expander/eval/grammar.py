@@ -1,11 +1,11 @@
-r"""QMD's grammar over a tokenizer's vocabulary, and the sampler that keeps to it.
+r"""QMD's grammar as a table over a tokenizer's vocabulary, and a sampler that follows it.
 
     root ::= line+
     line ::= ("lex" | "vec" | "hyde") ": " [^\n]+ "\n"
 
-The grammar has no nesting, so a small automaton over bytes is all of it; run over every token's
-bytes it gives a table of the state that each token leads to. Characters are UTF-8: as in llama.cpp a
-character may be split between tokens, but nothing may follow half of one.
+The grammar has no nesting, so a small automaton over bytes covers it. Running the automaton over
+the bytes of each token gives a table of the state each token leads to. Text is UTF-8: as in
+llama.cpp, a character may be split between tokens, but must be completed.
 """
 
 import mlx.core as mx
@@ -21,9 +21,9 @@ START = 0
 
 
 def _byte_automaton() -> tuple[np.ndarray, int]:
-    """(step, between): step[state, byte] is the next state, `between` the one after a newline.
+    """(step, between): step[state, byte] is the next state, `between` the state after a newline.
 
-    State START is the beginning, where the end is not yet allowed.
+    START is the initial state, in which the text may not end yet.
     """
     rows = [np.full(256, FORBIDDEN, np.int8)]
 
@@ -42,22 +42,22 @@ def _byte_automaton() -> tuple[np.ndarray, int]:
     rows[between][:] = rows[START]
     rows[colon][ord(":")] = space
     rows[space][ord(" ")] = empty
-    missing = [content, state(), state(), state()]  # by the bytes that the character still lacks
-    for here in (empty, content):
-        rows[here][0x01:0x80] = content
-        rows[here][0xC2:0xE0] = missing[1]
-        rows[here][0xE0:0xF0] = missing[2]
-        rows[here][0xF0:0xF5] = missing[3]
-    for lacking in (1, 2, 3):
-        rows[missing[lacking]][0x80:0xC0] = missing[lacking - 1]
+    missing = [content, state(), state(), state()]  # by the number of bytes a character still lacks
+    for row in (rows[empty], rows[content]):
+        row[0x01:0x80] = content
+        row[0xC2:0xE0] = missing[1]
+        row[0xE0:0xF0] = missing[2]
+        row[0xF0:0xF5] = missing[3]
+    for count in (1, 2, 3):
+        rows[missing[count]][0x80:0xC0] = missing[count - 1]
     rows[empty][ord("\n")] = FORBIDDEN
     rows[content][ord("\n")] = between
     return np.stack(rows), between
 
 
 def _byte_letters() -> np.ndarray:
-    """The letter that stands for each byte in a byte-level vocabulary, as GPT-2 assigned them: a
-    printable Latin-1 character for itself, the rest in order from U+0100."""
+    """The code point that represents each byte in a byte-level vocabulary, as in GPT-2's: printable
+    Latin-1 characters represent themselves, the rest follow in order from U+0100."""
     visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     letters = np.arange(256)
     hidden = [byte for byte in range(256) if byte not in visible]
@@ -65,20 +65,14 @@ def _byte_letters() -> np.ndarray:
     return letters
 
 
-def token_table(tokenizer, width: int, end: int) -> np.ndarray:
-    """The state that every token leads to from every state: (states, width) int8, or FORBIDDEN.
+def _token_bytes(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, lengths, data): the tokens, longest first, their lengths and all their bytes joined.
 
-    Control tokens and ids beyond the tokenizer are forbidden; llama.cpp would let a control token
-    stand for its name inside a line. `end` is allowed where a line may start, but for the first.
-
-    Args:
-        tokenizer: a Hugging Face tokenizer with a byte-level vocabulary.
-        width: the rows of the model's vocabulary, padding included.
+    Control tokens are left out.
 
     Raises:
-        ValueError: the vocabulary is not byte-level, or cannot write the grammar.
+        ValueError: the vocabulary is not byte-level.
     """
-    step, between = _byte_automaton()
     letters = _byte_letters()
     added = tokenizer.added_tokens_decoder  # id → token
     vocabulary = [(t, i) for t, i in tokenizer.get_vocab().items() if i not in added and t]
@@ -95,30 +89,49 @@ def token_table(tokenizer, width: int, end: int) -> np.ndarray:
     joined = "".join(token for token, _ in vocabulary).encode("utf-32-le")
     data = byte_of[np.frombuffer(joined, np.uint32)]
     if data.min() < 0:
-        raise ValueError("the grammar needs a byte-level vocabulary, and this tokenizer's is not")
+        raise ValueError("QMD's grammar needs a tokenizer with a byte-level vocabulary")
+    return ids, lengths, data
 
-    # One byte of every token at a time; the longest tokens stand first, so a prefix is left.
+
+def token_table(tokenizer, width: int, end: int) -> np.ndarray:
+    """The state that each token leads to from each state, or FORBIDDEN: (states, width) int8.
+
+    `end` is allowed after a newline. Control tokens and ids outside the tokenizer are forbidden,
+    whereas llama.cpp would accept a control token as the text of its name.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a byte-level vocabulary.
+        width: size of the model's vocabulary, including padding.
+        end: the id of the end token.
+
+    Raises:
+        ValueError: the vocabulary is not byte-level, or cannot write the grammar.
+    """
+    step, between = _byte_automaton()
+    ids, lengths, data = _token_bytes(tokenizer)
+    # Process the first byte of all tokens, then the second, ... The longest tokens come first, so
+    # the tokens with a byte left are always a prefix.
     offsets = np.cumsum(lengths) - lengths
-    dead = len(step)  # FORBIDDEN as an index: the row appended last
-    step = np.vstack([step, np.full((1, 256), FORBIDDEN, np.int8)])
-    states = np.repeat(np.arange(dead)[:, None], len(ids), axis=1)  # (states, tokens)
+    count = len(step)
+    step = np.vstack([step, np.full((1, 256), FORBIDDEN, np.int8)])  # step[FORBIDDEN] stays there
+    states = np.repeat(np.arange(count)[:, None], len(ids), axis=1)  # (states, tokens)
     for position in range(lengths[0]):
         active = np.searchsorted(-lengths, -position)
         states[:, :active] = step[states[:, :active], data[offsets[:active] + position]]
 
-    table = np.full((dead, width), FORBIDDEN, np.int8)
+    table = np.full((count, width), FORBIDDEN, np.int8)
     table[:, ids] = states
     table[between, end] = between
     if (table < 0).all(axis=1).any():
-        raise ValueError("this tokenizer's vocabulary cannot write every line of QMD's grammar")
+        raise ValueError("the tokenizer's vocabulary cannot write every line of QMD's grammar")
     return table
 
 
 def best_tokens(logits: mx.array, count: int) -> mx.array:
-    """The indices of the `count` largest logits of each row, in no order: (B, V) → (B, count).
+    """Indices of the `count` largest logits of each row, unordered: (B, V) → (B, count).
 
-    The largest are in the `count` blocks with the largest maxima; to look only there takes a tenth
-    of the time that partitioning a whole vocabulary takes.
+    They lie in the `count` blocks with the largest maxima. Searching only those takes a tenth of
+    the time of partitioning the full vocabulary.
     """
     rows, width = logits.shape
     blocks = -(-width // BLOCK)
@@ -133,18 +146,19 @@ def best_tokens(logits: mx.array, count: int) -> mx.array:
 
 
 class QmdSampler(KeyedSampler):
-    """Sampling under the grammar as node-llama-cpp 3.20.0 does it for QMD.
+    """Sample under the grammar as node-llama-cpp 3.20.0 does for QMD.
 
-    A token is drawn from the bare model: the `top_k` best, of these the fewest that hold `top_p`,
-    then the temperature. Only when the grammar forbids it, a second one is drawn in the same way
-    from the tokens that it allows. QMD's presence penalty has no effect there (qmd.py), so none here.
+    A token is drawn without the grammar: top-k, then top-p, then the temperature. Only if the
+    grammar forbids it, a second one is drawn in the same way from the allowed tokens. QMD's
+    presence penalty has no effect (see expander/qmd.py) and is left out.
     """
 
     def __init__(self, table: np.ndarray, keys: np.ndarray, sampling: Sampling = SAMPLING):
         """
         Args:
             table: from `token_table`.
-            keys: as KeyedSampler's.
+            keys: see KeyedSampler.
+            sampling: top-k, top-p and temperature.
         """
         super().__init__(keys)
         self.table = mx.array(table)
@@ -154,20 +168,20 @@ class QmdSampler(KeyedSampler):
         return [mx.full((rows,), START, mx.int32), *super().start(rows)]
 
     def __call__(self, logits, state):
-        at, keys = state  # (B,), (B, 2)
+        states, keys = state  # (B,), (B, 2)
         split = mx.vmap(lambda key: mx.random.split(key, 3))(keys)  # (B, 3, 2)
         tokens = self.draw(logits, split[:, 1])
-        following = self.table[at, tokens]
-        forbidden = [row for row, to in enumerate(following.tolist()) if to == FORBIDDEN]
+        following = self.table[states, tokens]
+        forbidden = [row for row, next_ in enumerate(following.tolist()) if next_ == FORBIDDEN]
         if forbidden:
             rows = mx.array(forbidden)
-            allowed = mx.where(self.table[at[rows]] >= 0, logits[rows], -mx.inf)
+            allowed = mx.where(self.table[states[rows]] >= 0, logits[rows], -mx.inf)
             tokens[rows] = self.draw(allowed, split[rows, 2])
-            following = self.table[at, tokens]
+            following = self.table[states, tokens]
         return tokens, [following.astype(mx.int32), split[:, 0]]
 
     def draw(self, logits: mx.array, keys: mx.array) -> mx.array:
-        """logits (B, V) and keys (B, 2) → tokens (B,)."""
+        """Draw tokens (B,) from logits (B, V) with keys (B, 2)."""
         best = best_tokens(logits, self.sampling.top_k)
         values = mx.take_along_axis(logits, best, axis=-1)  # (B, K)
         order = mx.argsort(-values, axis=-1)
@@ -179,5 +193,5 @@ class QmdSampler(KeyedSampler):
         reached = mx.cumsum(weights, axis=-1)
         uniform = mx.vmap(lambda key: mx.random.uniform(key=key))(keys)[:, None]  # (B, 1)
         chosen = (reached <= uniform * reached[:, -1:]).sum(axis=-1)
-        chosen = mx.minimum(chosen, kept.sum(axis=-1) - 1)  # rounding may reach past the last one
+        chosen = mx.minimum(chosen, kept.sum(axis=-1) - 1)  # rounding may go past the last one
         return mx.take_along_axis(best, chosen[:, None].astype(mx.int32), axis=-1)[:, 0]
