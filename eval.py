@@ -28,19 +28,25 @@ def parse_arguments() -> argparse.Namespace:
     add, count = parser.add_argument, cli.integer_from(1)
     add("positional_model", metavar="MODEL", nargs="?", help="same as --model")
     add("--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)")
-    add("--queries", type=Path, metavar="FILE", help="one per line (default: evals/queries.txt)")
+    queries_help = "text file with one query per line (default: evals/queries.txt)"
+    add("--queries", type=Path, metavar="FILE", help=queries_help)
     add("--query", metavar="TEXT", help="expand a single query")
     add("--max-queries", type=count, metavar="N", help="use only the first N queries")
-    add("--max-new-tokens", type=count, metavar="N", help="default: 200; 600 with --decode qmd")
-    add("--batch-size", type=count, metavar="N", default=32, help="maximum (default: 32)")
-    add("--decode", choices=("greedy", "qmd"), default="greedy", help="qmd: sample as QMD does")
-    add("--qmd-system-prompt", action="store_true", help="add the system prompt QMD may send")
-    add("--samples", type=count, metavar="N", default=1, help="per query, with --decode qmd")
-    seed_help = "for sampling and confidence intervals (default: 42)"
+    tokens_help = "token limit of an expansion (default: 200; 600 with --decode qmd)"
+    add("--max-new-tokens", type=count, metavar="N", help=tokens_help)
+    batch_help = "maximum number of expansions decoded together (default: 32)"
+    add("--batch-size", type=count, metavar="N", default=32, help=batch_help)
+    decode_help = "choose the likeliest token, or sample under QMD's grammar (default: greedy)"
+    add("--decode", choices=("greedy", "qmd"), default="greedy", help=decode_help)
+    add("--qmd-system-prompt", action="store_true", help="add the system prompt that QMD may send")
+    samples_help = "expansions per query, with --decode qmd (default: 1)"
+    add("--samples", type=count, metavar="N", default=1, help=samples_help)
+    seed_help = "seed for sampling and confidence intervals (default: 42)"
     add("--seed", type=cli.integer_from(0), metavar="N", default=42, help=seed_help)
     add("-o", "--output", type=Path, metavar="FILE", help="write the results to a JSON file")
     add("-v", "--verbose", action="store_true", help="print each expansion and its deductions")
-    add("--golden", type=Path, metavar="FILE", help="JSON Lines of reference expansions")
+    golden_help = "compare with reference expansions, in any row format"
+    add("--golden", type=Path, metavar="FILE", help=golden_help)
     add("--fail-under", type=float, metavar="N", help="exit with 1 if the average is below N %%")
     add(
         "--retrieval",
@@ -54,8 +60,10 @@ def parse_arguments() -> argparse.Namespace:
         default="wordllama",
         help="vectors for --retrieval: wordllama (default), none, or http://HOST:PORT/v1#MODEL",
     )
-    add("--score-only", type=Path, metavar="FILE", help='JSON Lines of {"query", "expansion"}')
-    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help="two files written with -o")
+    score_help = 'score the expansions in a JSON Lines file of {"query", "expansion"}'
+    add("--score-only", type=Path, metavar="FILE", help=score_help)
+    compare_help = "compare two result files written with -o"
+    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help=compare_help)
     args = parser.parse_args()
     check_arguments(parser, args)
     return args

@@ -465,9 +465,9 @@ def self_test() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Score an expansion; by default, run a self-test.")
+    parser = argparse.ArgumentParser(description="Score an expansion, or run the self-test.")
     parser.add_argument("--query", help="the original query, including any /only: suffix")
-    parser.add_argument("file", nargs="?", help="file with the expansion (UTF-8), or - for stdin")
+    parser.add_argument("file", nargs="?", help="UTF-8 file with the expansion, or - for stdin")
     args = parser.parse_args()
     if (args.query is None) != (args.file is None):
         parser.error("--query needs a file and a file needs --query; omit both for the self-test")

@@ -1,10 +1,10 @@
-"""Evaluation's batched decoding against mlx_lm.generate, one query at a time, in one run.
+"""Compare batched decoding with mlx_lm.generate, which takes one query at a time.
 
-By hand: python -m tests.bench.eval_vs_generate MODEL [QUERIES] [TOKENS]
+    python -m tests.bench.eval_vs_generate MODEL [QUERIES] [TOKENS]
 
 Both decode the first QUERIES (default 32) of evals/queries.txt greedily to at most TOKENS (default
-100) with the same loaded model. The two take turns, a batch after as many single queries, so that
-whatever else the machine does meets both alike. Texts must agree in float32.
+100) with the same loaded model. They take turns, a batch after as many single queries, so that
+other load on the machine affects both. Texts must agree in float32.
 """
 
 import sys
@@ -30,7 +30,7 @@ def main() -> None:
     model, tokenizer = models.load_chain(chain, fuse_last=True)
     end = models.end_token(tokenizer)
     prompts = [encode_prompt(tokenizer, query) for query in chosen]
-    generate(model, prompts[:1], max_tokens=4, end=end)  # what is compiled or paged in once
+    generate(model, prompts[:1], max_tokens=4, end=end)  # warm up
 
     seconds = {"one at a time": 0.0, "batched": 0.0}
     texts: dict[str, list[str]] = {name: [] for name in seconds}

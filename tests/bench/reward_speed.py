@@ -1,4 +1,4 @@
-"""Expansions scored in a second of one core's time. By hand: python -m tests.bench.reward_speed"""
+"""Measure expansions scored per second of CPU time: python -m tests.bench.reward_speed"""
 
 import time
 
@@ -9,7 +9,7 @@ ROUNDS = 5
 
 
 def numbered(text: str, number: int) -> str:
-    """The text with the number in every line, so that no line comes twice."""
+    """Append the number to every line, so that no line is repeated."""
     return "\n".join(f"{line} {number}" for line in text.split("\n"))
 
 
@@ -25,7 +25,9 @@ def main() -> None:
         for query, expansion in cases:
             score_expansion(query, expansion)
         rates.append(len(cases) / (time.process_time() - start))
-    print(f"{min(rates):,.0f} to {max(rates):,.0f} expansions a second, {ROUNDS} rounds of {CASES}")
+    print(
+        f"{min(rates):,.0f} to {max(rates):,.0f} expansions per second, {ROUNDS} rounds of {CASES}"
+    )
 
 
 if __name__ == "__main__":
