@@ -40,7 +40,7 @@ def main() -> None:
     model = f"outputs/{stage}"
     start = ("--set", f"model.sft={ADAPTERS}") if stage == "grpo" else ()
     python("train.py", stage, *options, *start, "--set", f"model.output={model}")
-    python("eval.py", "--model", model, "-o", f"{model}/evaluation.json")
+    python("eval.py", "--model", model, "--retrieval", "-o", f"{model}/evaluation.json")
     python("convert.py", "--model", model, "--push", repo)
 
 

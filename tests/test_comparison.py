@@ -4,7 +4,14 @@ import json
 
 import pytest
 
-from expander.eval.comparison import SCHEMA, compare, format_comparison, read_results
+from expander.eval.comparison import (
+    SCHEMA,
+    compare,
+    compare_retrieval,
+    format_comparison,
+    format_retrieval_difference,
+    read_results,
+)
 from expander.eval.measure import measure
 
 GREEDY = {"mode": "greedy", "max_new_tokens": 200}
@@ -119,3 +126,20 @@ def test_a_results_file_reads_back(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(record({"one": 50.0})), encoding="utf-8")
     assert read_results(path)["results"][0]["percentage"] == 50.0
+
+
+def test_retrieval_is_compared_by_collection_and_query():
+    def record(expanded: list[float], embedder: str = "wordllama") -> dict:
+        rows = [{"id": f"q{n}", "expanded": value} for n, value in enumerate(expanded)]
+        return {"retrieval": {"vault": {"embedder": embedder, "per_query": rows}}}
+
+    a, b = record([0.1, 0.2, 0.3]), record([0.2, 0.3, 0.4, 1.0])
+    found = compare_retrieval(a, b, seed=1)["vault"]
+    assert found["difference"] == pytest.approx(0.1) and found["queries"] == 3
+    assert (found["better"], found["worse"]) == (3, 0)
+    assert found["interval"] == pytest.approx([0.1, 0.1])
+    [line] = format_retrieval_difference({"vault": found})
+    assert "vault: nDCG@10 +0.100" in line and line.endswith("B finds more")
+    assert compare_retrieval(a, {"retrieval": {}}, seed=1) == {}
+    [line] = format_retrieval_difference(compare_retrieval(a, record([0.1], "none"), seed=1))
+    assert "not comparable" in line and "wordllama and none" in line

@@ -25,6 +25,7 @@ from expander.convert import formats, model_card, publish
 from expander.eval.comparison import SCHEMA
 from expander.eval.measure import measure, result_of, summarize
 from expander.prompt import render_prompt
+from expander.statistics import bootstrap
 
 ROOT = Path(__file__).parent.parent
 TOKEN = "hf_thisMustNeverBeSeen"
@@ -44,11 +45,27 @@ def poor(query: str) -> str:
     return f"I do not know {query}"
 
 
+def retrieval(gain: float = 0.05, spread: float = 0.0) -> dict:
+    """Figures of the embedded collection: 20 queries with nDCG@10 of 0.5 before and a mean gain."""
+    gains = [gain + spread * (-1) ** number for number in range(20)]
+    rows = [{"id": f"q{n}", "bare": 0.5, "expanded": 0.5 + value} for n, value in enumerate(gains)]
+    change = {"mean": gain, "interval": list(bootstrap(gains, 42))}
+    return {
+        "embedder": "wordllama",
+        "queries": {"measured": len(rows)},
+        "bare": {"ndcg@10": 0.5},
+        "baseline": {"ndcg@10": 0.5},
+        "expanded": {"ndcg@10": 0.5 + gain, "gain": {"ndcg@10": change}},
+        "per_query": rows,
+    }
+
+
 def evaluation(
     folder: Path,
     text: Callable[[str], str] = good,
     queries: tuple[str, ...] = QUERIES,
     trained_on: tuple[str, ...] = (),
+    search: dict | None = None,
     **decode: object,
 ) -> dict:
     """The results file of eval.py -o if the model in `folder` answered each query with `text`."""
@@ -65,6 +82,7 @@ def evaluation(
         "leaks": {"checked": [], "unknown": [str(folder)], "queries": list(trained_on)},
         "golden": None,
         "speed": None,
+        "retrieval": {"vault": search or retrieval()},
         "results": results,
     }
 
@@ -280,6 +298,36 @@ def folder(tiny_qwen3, tmp_path_factory) -> Path:
 def test_a_model_that_is_not_better_is_refused(folder, change, message):
     with pytest.raises(ValueError, match=message):
         publish.judge(evaluation(folder, **change), evaluation(folder, poor))
+
+
+def test_a_model_that_worsens_the_search_is_refused(folder):
+    """Than the bare query, or than the published model; an interval that covers zero passes."""
+    for found in (retrieval(0.05), retrieval(0.0, spread=0.1), retrieval(-0.01, spread=0.1)):
+        publish.judge_search(evaluation(folder, search=found))
+    worse = evaluation(folder, search=retrieval(-0.05))
+    with pytest.raises(ValueError, match=r"than searching with the bare query: nDCG@10 -0\.050"):
+        publish.judge_search(worse)
+    new, old = (evaluation(folder, search=retrieval(gain)) for gain in (0.02, 0.05))
+    publish.judge_search(old, new)
+    with pytest.raises(ValueError, match=r"than the published model: nDCG@10 -0\.030"):
+        publish.judge_search(new, old)
+    del old["retrieval"]  # published by an earlier version
+    publish.judge_search(new, old)
+
+
+def test_publishing_needs_retrieval_figures_and_force_overrides_them(chain, push, hub_root):
+    record = evaluation(chain, search=retrieval(-0.05))
+    save(record | {"retrieval": {}}, chain)
+    with pytest.raises(ValueError, match=r"needs the retrieval figures .*eval\.py .*--retrieval"):
+        push(chain, "--force", "a test")
+    save(record, chain)
+    with pytest.raises(ValueError, match=r"worse for the search .*--force"):
+        push(chain)
+    assert all(request.startswith("GET ") for request in requests(hub_root))
+    push(chain, "--force", "a baseline to beat")
+    text = read_card(hub_root).text
+    assert "worse for the search" in text and "a baseline to beat" in text
+    assert "vault" in text and "-0.050" in text
 
 
 def test_the_verdict_ignores_training_queries(folder):

@@ -5,7 +5,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
-from expander.eval.report import format_summary
+from expander.eval.report import format_retrieval, format_summary
 from expander.model import Chain
 from expander.prompt import render_prompt, user_message
 
@@ -95,6 +95,7 @@ def render_card(
         revision=chain.revision,
         adapters=len(chain.adapters),
         figures=format_summary(summary, record["leaks"]),
+        retrieval=format_retrieval(record["retrieval"]),
         decode=", ".join(f"{name} {value}" for name, value in record["decode"].items()),
         message=user_message("auth config"),
         prompt=render_prompt("auth config").rstrip("\n"),

@@ -19,7 +19,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from expander.config import load_config
 from expander.convert.formats import write_mlx
 from expander.convert.model_card import CARD, EVALUATION, licence, render_card, run_config
-from expander.eval.comparison import compare, read_results
+from expander.eval.comparison import GATE, compare, compare_retrieval, read_results
 from expander.eval.measure import summarize
 from expander.model import ADAPTER_CONFIG, HUB_ID, Chain, copy_adapters
 from expander.statistics import CONFIDENCE
@@ -123,7 +123,7 @@ def check_weights(record: dict, chain: Chain, evaluation: Path) -> None:
     if differing := [part for part, value in ours.items() if evaluated[part] != value]:
         raise ValueError(
             f"{evaluation} does not belong to {chain.name} ({', '.join(differing)} differ); "
-            f"run python eval.py --model {chain.name} -o {evaluation}"
+            f"run python eval.py --model {chain.name} --retrieval -o {evaluation}"
         )
 
 
@@ -177,6 +177,29 @@ def judge(new: dict, old: dict) -> str:
     return f"Better than the model it replaced: {figures}."
 
 
+def judge_search(new: dict, old: dict | None = None) -> None:
+    """Refuse a model whose expansions make QMD's search worse on the embedded collection.
+
+    Args:
+        old: the published evaluation, if there is one; one without retrieval figures is ignored.
+
+    Raises:
+        ValueError: the paired interval over the bare query, or over `old`, lies below zero.
+    """
+    found = new["retrieval"][GATE]
+    change = found["expanded"]["gain"]["ndcg@10"]
+    rivals = {"searching with the bare query": (change["mean"], change["interval"])}
+    published = compare_retrieval(old, new, new["seed"]).get(GATE, {}) if old else {}
+    if "interval" in published:
+        rivals["the published model"] = (published["difference"], published["interval"])
+    for rival, (difference, (low, high)) in rivals.items():
+        if high < 0:
+            raise ValueError(
+                f"worse for the search than {rival}: nDCG@10 {difference:+.3f} ({CONFIDENCE} % "
+                f"interval {low:+.3f} to {high:+.3f}) on evals/{GATE}"
+            )
+
+
 def published_files(repo: str) -> tuple[str | None, list[str]]:
     """The last commit of a repository and its file names; (None, []) if it does not exist."""
     with on_the_hub(repo):
@@ -210,9 +233,10 @@ def verdict(
     Raises:
         ValueError: `judge` refuses and there is no `force`.
     """
-    if not any(name.endswith(WEIGHTS) for name in files):
-        return {"verdict": FIRST, "forced": force}
     try:
+        judge_search(record)
+        if not any(name.endswith(WEIGHTS) for name in files):
+            return {"verdict": FIRST, "forced": force}
         old = published_evaluation(repo, parent, files)
         if same(record, old):  # the same model again, perhaps with other GGUF types
             before = old.get("publication") or {}
@@ -220,6 +244,7 @@ def verdict(
                 "verdict": before.get("verdict", FIRST),
                 "forced": force or before.get("forced"),
             }
+        judge_search(record, old)
         return {"verdict": judge(record, old), "forced": force}
     except ValueError as problem:
         if not force:
@@ -252,9 +277,14 @@ def prepare(
     if not evaluation.is_file():
         raise ValueError(
             f"publishing needs an evaluation and {evaluation} does not exist; run python eval.py "
-            f"--model {chain.name} -o {evaluation}"
+            f"--model {chain.name} --retrieval -o {evaluation}"
         )
     record = read_results(evaluation)
+    if GATE not in (record.get("retrieval") or {}):
+        raise ValueError(
+            f"publishing needs the retrieval figures of evals/{GATE}, which {evaluation} does not "
+            f"have; run python eval.py --model {chain.name} --retrieval -o {evaluation}"
+        )
     check_weights(record, chain, evaluation)
     login()
     parent, files = published_files(repo)

@@ -9,6 +9,8 @@ from expander.statistics import CONFIDENCE, bootstrap, mean
 from expander.text import printable, table
 
 SCHEMA = 1
+# The embedded collection, by whose figures a model may be published.
+GATE = "vault"
 CHANGES_SHOWN = 10
 RESULT_KEYS = {"query", "category", "trained_on", "percentage", "samples"}
 
@@ -76,11 +78,61 @@ def compare(a: dict, b: dict, seed: int) -> dict:
         "trained_on": len(trained_on),
         "difference_unseen": mean(unseen) if unseen else None,
         "summaries": [summarize([side[q] for q in common], seed) for side in sides],
+        "retrieval": compare_retrieval(a, b, seed),
         "changes": [
             {"query": q, "difference": differences[q], "a": pairs[q][0], "b": pairs[q][1]}
             for q in largest[:CHANGES_SHOWN]
         ],
     }
+
+
+def compare_retrieval(a: dict, b: dict, seed: int) -> dict[str, dict]:
+    """Differences B - A in nDCG@10, paired by query, for each collection that both measured.
+
+    Returns:
+        By collection: "queries", "difference", "interval", and the numbers of queries that B finds
+        "better" and "worse"; only "embedders" if the two have different vectors.
+    """
+    found = {}
+    both = (a.get("retrieval") or {}, b.get("retrieval") or {})
+    for name in [name for name in both[0] if name in both[1]]:
+        sides = [retrieval[name] for retrieval in both]
+        embedders = [side["embedder"] for side in sides]
+        if embedders[0] != embedders[1]:
+            found[name] = {"embedders": embedders}
+            continue
+        values = [{row["id"]: row["expanded"] for row in side["per_query"]} for side in sides]
+        differences = [
+            values[1][query] - values[0][query] for query in values[0] if query in values[1]
+        ]
+        if differences:
+            found[name] = {
+                "queries": len(differences),
+                "difference": mean(differences),
+                "interval": list(bootstrap(differences, seed)),
+                "better": sum(value > 0 for value in differences),
+                "worse": sum(value < 0 for value in differences),
+            }
+    return found
+
+
+def format_retrieval_difference(retrieval: dict[str, dict]) -> list[str]:
+    """A line per collection of `compare_retrieval`."""
+    lines = []
+    for name, result in retrieval.items():
+        if "embedders" in result:
+            a, b = result["embedders"]
+            lines.append(f"search  {name}: not comparable, vectors by {a} and {b}")
+            continue
+        low, high = result["interval"]
+        verdict = (
+            "B finds more" if low > 0 else "A finds more" if high < 0 else "no difference shown"
+        )
+        lines.append(
+            f"search  {name}: nDCG@10 {result['difference']:+.3f}  ({CONFIDENCE} % interval "
+            f"{low:+.3f} to {high:+.3f}) over {result['queries']} queries: {verdict}"
+        )
+    return lines
 
 
 def side_by_side(summaries: Sequence[dict]) -> list[tuple[str, ...]]:
@@ -144,7 +196,8 @@ def format_comparison(names: Sequence[str], records: Sequence[dict], result: dic
         f"{letter}: {name}  ({(record['model'] or {}).get('name', 'scored only')})"
         for letter, name, record in zip("AB", names, records, strict=True)
     ]
-    out += ["", format_difference(result), "", table(side_by_side(result["summaries"]))]
+    out += ["", format_difference(result), *format_retrieval_difference(result["retrieval"])]
+    out += ["", table(side_by_side(result["summaries"]))]
     if result["changes"]:
         out += ["", "largest changes:"]
     for change in result["changes"]:

@@ -92,6 +92,20 @@ def format_golden(figures: dict) -> str:
     return table(rows)
 
 
+def format_retrieval(retrieval: dict[str, dict]) -> str:
+    """nDCG@10 of the bare query, the baseline without a model and the expansions, by collection."""
+    rows = [
+        ("collection", "queries", "bare", "baseline", "expanded", f"gain, {CONFIDENCE} % interval")
+    ]
+    for name, found in retrieval.items():
+        change = found["expanded"]["gain"]["ndcg@10"]
+        low, high = change["interval"]
+        cells = [f"{found[system]['ndcg@10']:.3f}" for system in ("bare", "baseline", "expanded")]
+        queries = str(found["queries"]["measured"])
+        rows.append((name, queries, *cells, f"{change['mean']:+.3f} ({low:+.3f} to {high:+.3f})"))
+    return table(rows)
+
+
 def format_speed(speed: dict) -> str:
     alone = speed["alone"]
     return (
