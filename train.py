@@ -58,12 +58,14 @@ def stage_function(stage: str) -> Callable:
 def main() -> None:
     arguments = parse_arguments()
     from expander.config import load_config
-    from expander.train import distributed, inputs, tracking
+    from expander.train import distributed, inputs, rewards, tracking
 
     config, ignored = load_config(arguments.stage, arguments.config, arguments.set)
     if ignored:
         print(f"no effect here: {'; '.join(ignored)}")
     tracking.check_installed(config.tracking)
+    if arguments.stage == "grpo":
+        rewards.check_settings(config.grpo)
     if arguments.dry_run:
         inputs.dry_run(arguments.stage, config)
         return

@@ -132,16 +132,16 @@ class Training:
     ddp_find_unused_parameters: bool | None = None
 
 
-@dataclass
-class Penalties:
-    """Weights of the penalties of expander/train/rewards.py."""
-
-    empty: float = key(minimum=0.0)
-    truncated: float = key(minimum=0.0)
-    extra_lines: float = key(minimum=0.0)
-    duplicate_lines: float = key(minimum=0.0)
-    dropped_lines: float = key(minimum=0.0)
-    no_final_newline: float = key(minimum=0.0)
+# The weights of the penalties in expander/train/rewards.py, by the names in configs/grpo.yaml.
+Penalties = dataclasses.make_dataclass(
+    "Penalties",
+    [
+        (name, float, key(minimum=0.0))
+        for name in yaml.safe_load((CONFIGS / "grpo.yaml").read_text(encoding="utf-8"))["grpo"][
+            "penalties"
+        ]
+    ],
+)
 
 
 @dataclass
@@ -156,7 +156,7 @@ class Grpo:
     level: str = key(choices=("token", "sequence"))
     scale_rewards: str = key(choices=("group", "batch", "none"))
     mask_truncated: bool
-    reward: str = key(choices=("percentage", "score"))
+    reward: str  # a name in expander/train/rewards.py
     penalties: Penalties
     eval_prompts: int = key(minimum=0)
     rollout_batch_size: int = key(minimum=1)

@@ -1,10 +1,12 @@
-"""Each term by hand, and what the reward of a rollout is made of."""
+"""Rewards and penalties by hand, and the reward of a rollout."""
+
+from dataclasses import fields
 
 import pytest
 from settings import section
 
 from expander.config import Penalties
-from expander.train.rewards import PENALTIES, set_rewards
+from expander.train.rewards import PENALTIES, check_settings, set_rewards
 from expander.train.rollout import Rollout, group_metrics
 from reward import score_expansion_detailed
 
@@ -68,3 +70,13 @@ def test_the_score_ignores_the_echo_cap_that_the_percentage_has():
     set_rewards(rollouts[1:], section("grpo", reward="score"))
     assert rollouts[0].reward == 0.5
     assert rollouts[1].reward > 0.7
+
+
+def test_every_penalty_has_a_weight_and_every_weight_a_penalty():
+    assert {field.name for field in fields(Penalties)} == set(PENALTIES)
+
+
+def test_an_unknown_reward_is_refused_with_the_names():
+    check_settings(section("grpo", reward="score"))
+    with pytest.raises(ValueError, match=r"grpo\.reward: 'bleu' .* percentage, score"):
+        check_settings(section("grpo", reward="bleu"))

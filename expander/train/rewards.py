@@ -96,6 +96,18 @@ PENALTIES: dict[str, Callable[[str, str, bool], float]] = {
 }
 
 
+def check_settings(settings: Grpo) -> None:
+    """Fail on an unknown reward before anything is loaded.
+
+    Raises:
+        ValueError: `grpo.reward` names no reward.
+    """
+    if settings.reward not in REWARDS:
+        raise ValueError(
+            f"grpo.reward: {settings.reward!r} is not allowed; it takes one of {', '.join(REWARDS)}"
+        )
+
+
 def penalized(base: float, penalties: Mapping[str, float], weights: Mapping[str, float]) -> float:
     """The reward that is optimised.
 
