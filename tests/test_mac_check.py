@@ -8,25 +8,22 @@ from pathlib import Path
 
 import pytest
 import tiny
-
-ROOT = Path(__file__).parent.parent
+from clone import ROOT, make_clone
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The project's commands, with this Python as its ready-made .venv: nothing is installed."""
-    folder = tmp_path / "project"
-    shutil.copytree(ROOT / "examples", folder / "examples")
-    for path in (*ROOT.glob("*.py"), ROOT / "configs", ROOT / "dataset", ROOT / "requirements.txt"):
-        (folder / path.name).symlink_to(path)
+    """A clone with few rows, and this Python as its finished .venv: nothing is installed."""
+    folder = make_clone(tmp_path / "project")
+    shutil.rmtree(folder / "data")
     (folder / "data").mkdir()
-    (folder / "data" / "rows.jsonl").symlink_to(ROOT / "tests" / "rows.jsonl")
+    shutil.copy(ROOT / "tests" / "rows.jsonl", folder / "data")
     python = folder / ".venv" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     python.chmod(0o755)
-    for stamp in ("requirements.seen", "requirements.txt.installed"):
-        shutil.copy(ROOT / "requirements.txt", folder / ".venv" / stamp)
+    installed = (ROOT / "requirements.txt").read_text(encoding="utf-8") * 2
+    (folder / ".venv" / "requirements.txt.installed").write_text(installed, encoding="utf-8")
     return folder
 
 
