@@ -14,7 +14,6 @@ reranker, on judged collections (default: evals/vault), with the bare queries an
 import argparse
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from expander import cli
@@ -97,42 +96,11 @@ def check_output(path: Path) -> None:
         raise ValueError(f"--output {path}: cannot be written: a folder, or in a read-only one")
 
 
-def decode_with(args: argparse.Namespace, chain) -> tuple[Callable, Callable]:
-    """Load the model once.
-
-    Returns:
-        (queries) → their expansions, decoded as the arguments say, and the record's "decode" and
-        "speed"; and (texts of queries) → completions, decoded as QMD does.
-    """
-    from expander.eval import expand
-    from expander.model import load_chain
-
-    loaded = load_chain(chain, fuse_last=True)
-
-    def run(queries, mode: str, samples: int):
-        settings = expand.decode_settings(
-            mode, args.max_new_tokens, args.qmd_system_prompt, samples
-        )
-        decoder = expand.Decoder(chain, loaded, settings, args.batch_size, args.seed)
-        return settings, *expand.expand(decoder, queries)
-
-    def as_asked(queries):
-        settings, expansions, speed = run(
-            queries, args.decode, args.samples if args.decode == "qmd" else 1
-        )
-        return expansions, {"decode": settings, "speed": speed}
-
-    def as_qmd(texts):
-        _, expansions, _ = run([(text, None) for text in texts], "qmd", args.samples)
-        return [[expansion.text for expansion in samples] for samples in expansions]
-
-    return as_asked, as_qmd
-
-
 def evaluate(args: argparse.Namespace) -> int:
     """Expand or read expansions, then measure, write and print; return the exit code."""
     from expander.eval import inputs, measure, report
     from expander.eval.comparison import SCHEMA
+    from expander.eval.expand import Expander
     from expander.files import write_json
     from expander.model import read_chain, trained_model
     from expander.retrieval import evaluate as retrieval
@@ -159,8 +127,12 @@ def evaluate(args: argparse.Namespace) -> int:
         texts = {query: found for (query, _), found in zip(queries, expansions, strict=True)}
         expand = retrieval.look_up({q: [x.text for x in found] for q, found in texts.items()})
     else:
-        as_asked, expand = decode_with(args, chain)
-        expansions, decoding = as_asked(queries)
+        model = Expander(
+            chain, args.max_new_tokens, args.qmd_system_prompt, args.batch_size, args.seed
+        )
+        samples = args.samples if args.decode == "qmd" else 1
+        expansions, decoding = model.expand(queries, args.decode, samples)
+        expand = model.as_qmd(args.samples)
     results = measure.measure_all(queries, expansions)
     record = {
         "schema": SCHEMA,

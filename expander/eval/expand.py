@@ -8,7 +8,7 @@ from expander import cli
 from expander.decode import Completion, Sampler, generate, length_groups, random_keys
 from expander.eval.grammar import QmdSampler, token_table
 from expander.eval.measure import Expansion, Queries
-from expander.model import Chain, end_token, model_config
+from expander.model import Chain, end_token, load_chain, model_config
 from expander.prompt import encode_prompt
 from expander.qmd import QMD_SYSTEM_PROMPT, SAMPLING
 
@@ -102,6 +102,40 @@ class Decoder:
             progress=progress,
         )
         return completions, time.monotonic() - start
+
+
+class Expander:
+    """A model, loaded once, that expands queries greedily or as QMD does."""
+
+    def __init__(
+        self,
+        chain: Chain,
+        max_new_tokens: int | None,
+        qmd_system_prompt: bool,
+        batch_size: int,
+        seed: int,
+    ):
+        self.chain, self.loaded = chain, load_chain(chain, fuse_last=True)
+        self.options = max_new_tokens, qmd_system_prompt
+        self.batch_size, self.seed = batch_size, seed
+
+    def expand(
+        self, queries: Queries, mode: str, samples: int
+    ) -> tuple[list[list[Expansion]], dict]:
+        """Expand every query; return the expansions of each, and the record's "decode", "speed"."""
+        settings = decode_settings(mode, *self.options, samples)
+        decoder = Decoder(self.chain, self.loaded, settings, self.batch_size, self.seed)
+        expansions, speed = expand(decoder, queries)
+        return expansions, {"decode": settings, "speed": speed}
+
+    def as_qmd(self, samples: int) -> Callable[[Sequence[str]], list[list[str]]]:
+        """Queries → the completions of each, decoded as QMD does."""
+
+        def completions(queries: Sequence[str]) -> list[list[str]]:
+            expansions, _ = self.expand([(query, None) for query in queries], "qmd", samples)
+            return [[expansion.text for expansion in found] for found in expansions]
+
+        return completions
 
 
 def expand(decoder: Decoder, queries: Queries) -> tuple[list[list[Expansion]], dict]:
