@@ -18,7 +18,7 @@ from expander.eval.measure import measure
 from expander.queries import query_digest, read_query_digests, write_query_digests
 
 ROOT = Path(__file__).parent.parent
-SHORT = ("--max-new-tokens", "16")
+SHORT = ("--max-new-tokens", "10")
 GOOD = "lex: nginx tls settings\nlex: nginx certificate file\nvec: how to set up tls in nginx\n"
 
 
@@ -291,7 +291,7 @@ def test_the_results_file_is_complete(trained, tiny_qwen3, queries, evaluate):
     assert record["schema"] == 1 and record["seed"] == 5
     assert record["decode"] == {
         "mode": "greedy",
-        "max_new_tokens": 16,
+        "max_new_tokens": 10,
         "qmd_system_prompt": False,
         "samples": 1,
     }
@@ -314,7 +314,7 @@ def test_the_results_file_is_complete(trained, tiny_qwen3, queries, evaluate):
     ]
     for x in record["results"]:
         assert x["samples"] == [measure(x["query"], x["samples"][0]["text"], truncated=True)]
-    assert record["speed"]["tokens"] == 3 * 16
+    assert record["speed"]["tokens"] == 3 * 10
 
 
 def test_an_unwritable_output_fails_before_the_evaluation(trained, evaluate):

@@ -127,7 +127,7 @@ def test_texts_of_an_untrained_model_follow_the_grammar(loaded):
     completions = generate(
         model,
         prompts,
-        max_tokens=48,
+        max_tokens=32,
         end=end,
         samples=4,
         sampler=QmdSampler(table, keys),
