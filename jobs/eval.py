@@ -11,6 +11,9 @@
 #     "pyyaml==6.0.3",
 #     "numpy==2.4.6",
 #     "gguf==0.19.0",
+#     "safetensors==0.8.0",
+#     "wordllama==0.4.0.post1",
+#     "ir-measures==0.4.3",
 # ]
 # ///
 r"""Evaluate the model published as OWNER/NAME; the figures are in the log.
