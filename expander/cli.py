@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from expander.files import expand_path
+
 
 class Interrupted(Exception):
     """A command saved its work and stopped because of a signal."""
@@ -36,8 +38,26 @@ def tell(text: str) -> None:
         silence("stderr")
 
 
+def flush_stdout() -> None:
+    """Print what is buffered, while an error can still be reported and change the exit code.
+
+    Raises:
+        OSError: stdout is full or has no reader.
+    """
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        silence("stdout")
+        raise OSError(f"cannot print the rest of the output: {error.strerror}") from None
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Run a command: user errors print one line with the fix and exit with 2, never a traceback."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed by the shell: >&-
+            silence(stream)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,7 +69,9 @@ def run(main: Callable[[], int | None]) -> None:
         silence("stdout")
     label = f"rank {rank}: error" if rank else "error"
     try:
-        sys.exit(main() or 0)
+        code = main() or 0
+        flush_stdout()
+        sys.exit(code)
     except Interrupted as stop:
         if not rank:
             tell(str(stop))
@@ -57,28 +79,49 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
+        silence("stdout")
         sys.exit(141)
     except (ValueError, OSError) as error:
         tell(f"{label}: {error}")
+        try:
+            flush_stdout()
+        except OSError:
+            silence("stdout")
         sys.exit(2)
 
 
 def integer_from(minimum: int) -> Callable[[str], int]:
-    """An argument type: integers of at least `minimum`."""
+    """An argument type: integers of at least `minimum` that fit into 32 bits."""
 
     def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text} is not an integer >= {minimum}")
+        if not text.isdecimal() or len(text) > 10 or not minimum <= int(text) < 2**32:
+            raise argparse.ArgumentTypeError(
+                f"{text[:40]} is not an integer >= {minimum} and below 2^32"
+            )
         return int(text)
 
     return integer
 
 
+def name(text: str) -> str:
+    """An argument type: a path or Hub id, with `~` and environment variables expanded."""
+    try:
+        return expand_path(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def path(text: str) -> Path:
+    """An argument type: a file or folder, with `~` and environment variables expanded."""
+    return Path(name(text))
+
+
 def new_file(text: str) -> Path:
     """An argument type: a file to write that does not exist yet."""
-    if Path(text).exists():
+    file = path(text)
+    if file.exists():
         raise argparse.ArgumentTypeError(f"{text} already exists; choose another name or delete it")
-    return Path(text)
+    return file
 
 
 def keep_awake() -> None:

@@ -73,6 +73,18 @@ def test_a_reader_that_stops_early_causes_no_error_message():
     assert process.wait() == 141 and errors == b""
 
 
+def test_a_full_or_closed_stdout_is_an_error_of_one_line_or_none(tmp_path):
+    def ended(redirection: str) -> tuple[int, str]:
+        code = "from expander import cli; cli.run(lambda: print('x'))"
+        command = f'"{sys.executable}" -c "{code}" {redirection}'
+        done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+        return done.returncode, done.stderr
+
+    code, error = ended(">/dev/full")
+    assert code == 2 and error.startswith("error: ") and error.endswith("No space left on device\n")
+    assert ended(">&-") == (0, "") and ended("2>&-") == (0, "")
+
+
 def test_progress_without_a_terminal_prints_a_line_at_intervals(capsys):
     silent = cli.Progress("queries", 3)
     for done in (1, 2, 3):
@@ -105,12 +117,16 @@ def test_durations(seconds, text):
 
 def test_argument_types(tmp_path):
     assert cli.integer_from(0)("0") == 0 and cli.integer_from(1)("12") == 12
-    for text in ("0", "-1", "1.5", "x", ""):
+    for text in ("0", "-1", "1.5", "x", "", "9" * 30, "9" * 5000):
         with pytest.raises(argparse.ArgumentTypeError, match=">= 1"):
             cli.integer_from(1)(text)
     assert cli.new_file(str(tmp_path / "new")) == tmp_path / "new"
     with pytest.raises(argparse.ArgumentTypeError, match=f"{tmp_path} already exists"):
         cli.new_file(str(tmp_path))
+    assert cli.path("$HOME/a") == Path.home() / "a" and cli.name("~/a") == str(Path.home() / "a")
+    for text in ("", "$NO_SUCH_NAME"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"empty|not set"):
+            cli.path(text)
 
 
 def test_a_mac_is_kept_awake_until_the_process_ends(tmp_path, monkeypatch):

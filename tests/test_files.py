@@ -4,7 +4,10 @@ import errno
 import fcntl
 import hashlib
 import os
+import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,7 +15,24 @@ import pytest
 from safetensors.numpy import load_file
 
 from expander import files
-from expander.files import atomic_write, digest, save_arrays, write_json, write_rows, write_text
+from expander.files import (
+    atomic_write,
+    check_writable,
+    digest,
+    expand_path,
+    parse_json,
+    read_json,
+    refuse_pointer,
+    save_arrays,
+    write_json,
+    write_rows,
+    write_text,
+)
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+ROOT = Path(__file__).parent.parent
 
 
 def names(folder: Path) -> list[str]:
@@ -74,6 +94,190 @@ def test_rows_are_one_object_per_line(tmp_path):
     write_rows(tmp_path / "a.jsonl", iter([{"é": 1}, {"b": "c\nd"}]))
     text = (tmp_path / "a.jsonl").read_text(encoding="utf-8")
     assert text == '{"é": 1}\n{"b": "c\\nd"}\n'
+
+
+# Targets that are not a plain file
+
+
+def test_a_link_stays_and_its_target_is_replaced(tmp_path):
+    target, link, second = tmp_path / "deep" / "a.txt", tmp_path / "link", tmp_path / "second"
+    write_text(target, "old")
+    link.symlink_to(Path("deep", "a.txt"))
+    second.symlink_to(link)
+    write_text(second, "new")
+    assert second.is_symlink() and link.is_symlink() and target.read_text() == "new"
+    dangling = tmp_path / "dangling"
+    dangling.symlink_to(tmp_path / "b.txt")
+    write_text(dangling, "b")
+    assert dangling.is_symlink() and (tmp_path / "b.txt").read_text() == "b"
+    assert names(tmp_path / "deep") == ["a.txt"]
+
+
+def test_a_link_to_itself_is_refused(tmp_path):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for write in (check_writable, lambda path: write_text(path, "x")):
+        with pytest.raises(OSError, match="symbolic links"):
+            write(loop)
+    assert loop.is_symlink()
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o664, 0o755])
+def test_a_file_that_is_replaced_keeps_its_mode(mode, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(mode)
+    write_text(path, "new")
+    assert stat.S_IMODE(path.stat().st_mode) == mode and path.read_text() == "new"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write to any file")
+def test_a_read_only_file_is_refused(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    path.chmod(0o400)
+    with pytest.raises(PermissionError, match="read-only"):
+        write_text(path, "new")
+    assert path.read_text() == "old"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may change owners")
+def test_a_file_that_root_replaces_keeps_its_owner(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    os.chown(path, 1234, 1234)
+    write_text(path, "new")
+    assert (path.stat().st_uid, path.stat().st_gid) == (1234, 1234)
+
+
+def test_a_pipe_with_a_reader_is_written_to(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_json(pipe, {"a": 1})
+    assert os.read(reader, 100) == b'{\n  "a": 1\n}\n'
+    os.close(reader)
+    assert stat.S_ISFIFO(pipe.stat().st_mode) and names(tmp_path) == ["pipe"]
+
+
+def test_a_pipe_or_socket_that_nobody_reads_is_refused_and_stays(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+        for name in map(Path, ("pipe", "socket")):
+            for write in (check_writable, lambda path: write_text(path, "x")):
+                with pytest.raises(OSError, match="nobody reads"):
+                    write(name)
+    assert stat.S_ISFIFO(Path("pipe").stat().st_mode) and Path("socket").is_socket()
+    assert names(tmp_path) == ["pipe", "socket"]
+
+
+def test_a_device_is_written_to_and_never_replaced(tmp_path, monkeypatch):
+    link = tmp_path / "null"
+    link.symlink_to("/dev/null")
+    monkeypatch.setattr(Path, "replace", lambda *paths: pytest.fail("a device was replaced"))
+    check_writable(link)
+    write_text(link, "x")
+    assert link.is_symlink() and Path("/dev/null").is_char_device()
+    with pytest.raises(OSError, match="No space left"):
+        write_text(Path("/dev/full"), "x")
+
+
+def test_the_file_that_stdout_writes_to_is_written_to(tmp_path):
+    code = (
+        "from pathlib import Path; from expander.files import write_text; print('before');"
+        "write_text(Path('out'), 'text\\n'); write_text(Path('/dev/stdout'), 'more\\n'); print('after')"
+    )
+    path = tmp_path / "out"
+    with path.open("w") as out:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        subprocess.run(
+            [sys.executable, "-c", code], stdout=out, cwd=tmp_path, env=environment, check=True
+        )
+    assert path.read_text() == "before\ntext\nmore\nafter\n"
+
+
+def test_a_folder_is_refused(tmp_path):
+    with pytest.raises(IsADirectoryError, match="folder"):
+        check_writable(tmp_path)
+    with pytest.raises(IsADirectoryError, match="folder"):
+        write_text(tmp_path, "x")
+
+
+def test_the_longest_name_that_a_file_can_have_is_written(tmp_path):
+    path = tmp_path / ("ä" * 125 + ".json")
+    write_json(path, {})
+    assert names(tmp_path) == [path.name]
+
+
+# Paths and JSON from users
+
+
+def test_a_path_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("A", "x y")
+    assert expand_path("~/a") == expand_path("$HOME/a") == expand_path("${HOME}/a") == "/home/me/a"
+    for same in ("Qwen/Qwen3-1.7B", "./~a", "a~b", "a b", "cost$", "ü/\u200c"):
+        assert expand_path(same) == same
+    assert expand_path("$A/$A") == "x y/x y"
+    for text, reason in {
+        "": "empty",
+        " ": "empty",
+        "a\0b": "control character",
+        "a\nb": "control character",
+        "$NO_SUCH_NAME/a": "is not set",
+        "~no-such-user/a": "no such user",
+    }.items():
+        with pytest.raises(ValueError, match=reason):
+            expand_path(text)
+
+
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [
+        (b'{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' is given twice"),
+        (b'{"a": NaN}', "NaN is not a finite number"),
+        (b"[-Infinity]", "-Infinity is not a finite number"),
+        (b"[1e999]", "1e999 is not a finite number"),
+        (b"7" * 5000, "not valid JSON"),
+        (b"[" * 200_000, "nested too deeply"),
+        (b'{"a": 1,\n}', "at line 2, column 1"),
+        (b'{"a\0": 1}', "not valid JSON"),
+        (b"\xff\xfe{\0}\0", "not UTF-8"),
+        (POINTER, "a Git LFS pointer"),
+        (b"", "not valid JSON"),
+    ],
+)
+def test_json_that_could_be_misread_is_refused_with_its_file(raw, reason, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(raw)
+    with pytest.raises(ValueError) as caught:
+        parse_json(raw)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=f"^{path}: "):
+        read_json(path)
+
+
+def test_plain_json_is_read_and_other_values_than_objects_are_refused(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(b'\xef\xbb\xbf{"a": [1, 2.5, null, "\xc3\xa9"]}')
+    assert read_json(path) == {"a": [1, 2.5, None, "é"]}
+    path.write_bytes(b"[]")
+    with pytest.raises(ValueError, match="expected a JSON object, found list"):
+        read_json(path)
+    with pytest.raises(ValueError, match="cannot be read"):
+        read_json(tmp_path / "none.json")
+
+
+def test_a_pointer_in_place_of_weights_is_named(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(POINTER)
+    with pytest.raises(ValueError, match=r"model\.safetensors: a Git LFS pointer.*git lfs pull"):
+        refuse_pointer(path)
+    path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+    refuse_pointer(path)
+    refuse_pointer(tmp_path / "none")
 
 
 # macOS and network drives
