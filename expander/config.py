@@ -10,8 +10,9 @@ accepted and reported once. Unknown keys and invalid values are errors, all repo
 
 import dataclasses
 import difflib
-import math
 import operator
+import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
+
+from expander.files import expand_path, pointer_error
 
 STAGES = ("sft", "grpo")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -56,8 +59,15 @@ OTHER_STAGE = {
 BOUNDS = {
     "above": (">", operator.gt),
     "minimum": (">=", operator.ge),
+    "other_than": ("and not", operator.ne),
     "maximum": ("<=", operator.le),
 }
+SHORT = reprlib.Repr()  # values in messages: an alias in YAML can stand for a billion values
+SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 100, 100
+BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}  # true and false are YAML's own
+LARGEST = 2**31 - 1  # of a number without a maximum: MLX counts in 32 bits
+# Decimal, so that 012 and 0o12 (octal or not?) and 1:30 (90 in YAML 1.1) are no numbers.
+NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*|(?=\.[0-9]))(\.[0-9_]*)?([eE][-+]?[0-9]{1,3})?")
 
 
 class ConfigError(ValueError):
@@ -68,9 +78,10 @@ def key(**bounds):
     """A dataclass field without a default.
 
     Args:
-        bounds: above, minimum and maximum of a number; choices of a name or a list of names.
+        bounds: above, minimum, maximum and other_than of a number; choices of a name or a list of
+            names; path=True for a file, folder or Hub id.
     """
-    assert bounds.keys() <= {*BOUNDS, "choices"}
+    assert bounds.keys() <= {*BOUNDS, "choices", "path"}
     return field(metadata=bounds)
 
 
@@ -79,9 +90,9 @@ def key(**bounds):
 
 @dataclass
 class Model:
-    base: str
-    output: str
-    sft: str
+    base: str = key(path=True)
+    output: str = key(path=True)
+    sft: str = key(path=True)
     load_in_4bit: bool
     load_in_8bit: bool
     push_to_hub: bool = False
@@ -96,7 +107,7 @@ class Model:
 
 @dataclass
 class Dataset:
-    name: str
+    name: str = key(path=True)
     split: str
     text_field: str
     prompt_field: str
@@ -110,7 +121,7 @@ class Dataset:
 @dataclass
 class Training:
     epochs: float = key(above=0.0)
-    max_steps: int | None = key(minimum=-1)
+    max_steps: int | None = key(minimum=-1, other_than=0)  # -1, as in the original: not set
     batch_size: int = key(minimum=1)
     gradient_accumulation_steps: int = key(minimum=1)
     learning_rate: float = key(above=0.0)
@@ -227,20 +238,27 @@ def _nearest(dotted: str) -> str:
     for known in (siblings, anywhere):
         if match := difflib.get_close_matches(name, known, n=1, cutoff=0.7):
             return f"did you mean {known[match[0]]}?"
-    return f"known keys: {', '.join(siblings)}"
+    own = "" if section else "; for a section of anchors, choose a name that begins with x-"
+    return f"known keys: {', '.join(siblings)}{own}"
+
+
+def _kind(hint) -> tuple[type, bool]:
+    """The type of a key, and whether the key also takes null."""
+    optional = isinstance(hint, types.UnionType)
+    return typing.get_args(hint)[0] if optional else hint, optional
 
 
 def _number(value: object, kind: type) -> int | float:
-    """A YAML number, or a string that is one: PyYAML reads 2e-4 as a string (YAML 1.1)."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
+    """A number, which the reader of YAML leaves as the text that it is."""
+    if not isinstance(value, str) or not NUMBER.fullmatch(value):
         raise ValueError
-    number = value if isinstance(value, int) else float(value)
-    if not math.isfinite(number) or (kind is int and number != int(number)):
+    number = float(value)
+    if kind is int and number != int(number):
         raise ValueError
     return kind(number)
 
 
-def _allowed(kind: type, optional: bool, bounds: Mapping) -> str:
+def _allowed(kind: type, optional: bool, bounds: Mapping, value: object) -> str:
     """The values that a key takes, in words."""
     if choices := bounds.get("choices"):
         allowed = f"{'one of' if kind is str else 'a list of'} {', '.join(choices)}"
@@ -250,14 +268,24 @@ def _allowed(kind: type, optional: bool, bounds: Mapping) -> str:
     for name, (sign, _) in BOUNDS.items():
         if name in bounds:
             allowed += f" {sign} {bounds[name]}"
-    return f"{allowed} or null" if optional else allowed
+    if optional:
+        allowed += " or null"
+    if kind in (int, float) and isinstance(value, str) and value[:1].isdigit():
+        if not NUMBER.fullmatch(value):
+            allowed += "; write it in decimal, without leading zeros, colons or a unit"
+        elif float(value) > LARGEST:
+            allowed += f"; a number is at most {LARGEST}"
+    return allowed
 
 
 def _checked(value: object, kind: type, bounds: Mapping):
     """`value` as a `kind`; ValueError without a message if it is not one within `bounds`."""
     if kind in (int, float):
         value = _number(value, kind)
+        bounds = {"maximum": LARGEST} | dict(bounds)
     elif kind in (bool, str):
+        if kind is bool and isinstance(value, str):
+            value = BOOLEANS.get(value.lower())
         if not isinstance(value, kind):
             raise ValueError
     elif not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
@@ -274,16 +302,17 @@ def _typed(value: object, hint, bounds: Mapping):
     """`value` as the type of a key.
 
     Raises:
-        ValueError: the message lists what is allowed.
+        ValueError: the message says why not.
     """
-    optional = isinstance(hint, types.UnionType)
+    kind, optional = _kind(hint)
     if optional and value is None:
         return None
-    kind = typing.get_args(hint)[0] if optional else hint
     try:
-        return _checked(value, kind, bounds)
+        value = _checked(value, kind, bounds)
     except (ValueError, OverflowError):
-        raise ValueError(_allowed(kind, optional, bounds)) from None
+        allowed = _allowed(kind, optional, bounds, value)
+        raise ValueError(f"{SHORT.repr(value)} is not allowed; it takes {allowed}") from None
+    return expand_path(value) if bounds.get("path") else value
 
 
 def _read_section(section: type, raw: dict, prefix: str, problems: list[str]) -> dict[str, object]:
@@ -297,12 +326,13 @@ def _read_section(section: type, raw: dict, prefix: str, problems: list[str]) ->
         elif not dataclasses.is_dataclass(fields[name].type):
             try:
                 values[dotted] = _typed(value, fields[name].type, fields[name].metadata)
-            except ValueError as allowed:
-                problems.append(f"{dotted}: {value!r} is not allowed; it takes {allowed}")
+            except ValueError as error:
+                problems.append(f"{dotted}: {error}")
         elif isinstance(value, dict):
             values |= _read_section(fields[name].type, value, f"{dotted}.", problems)
         elif value is not None:
-            problems.append(f"{dotted}: {value!r} is not a section (a mapping of keys)")
+            found = SHORT.repr(value)
+            problems.append(f"{dotted}: {found} is not a section (a mapping of keys)")
     return values
 
 
@@ -318,30 +348,121 @@ def _build(section: type, values: Mapping[str, object], prefix: str = ""):
     return section(**arguments)
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML's structure; numbers and dates stay text, for the key to decide what they are.
+
+    YAML 1.1 takes 010 for 8, 1:30 for 90, `no` for false and 2e-4 for text. Here only null, true
+    and false are not text.
+    """
+
+    yaml_implicit_resolvers: typing.ClassVar = {}
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > 10_000:  # merges of merges grow without end
+            raise yaml.YAMLError("merge keys (<<) make a mapping of over 10000 keys")
+
+
+for _tag, _pattern in {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "merge": r"<<",
+}.items():
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})\Z"), None
+    )
+
+
+def _given_twice(node: yaml.Node | None, prefix: str, seen: set[int]) -> Iterator[str]:
+    """A sentence for each key that a mapping of the document has twice."""
+    if id(node) in seen:
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _given_twice(item, prefix, seen)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    first: dict[str, int] = {}
+    for name, value in node.value:
+        if isinstance(name, yaml.ScalarNode):
+            line = name.start_mark.line + 1
+            if name.value in first:
+                dotted, before = f"{prefix}{name.value}", first[name.value]
+                yield f"{dotted} is given twice, on lines {before} and {line}; keep one of them"
+            first.setdefault(name.value, line)
+            yield from _given_twice(value, f"{prefix}{name.value}.", seen)
+
+
+def _parse_yaml(text: str) -> object:
+    """The value of a YAML document.
+
+    Raises:
+        ValueError: it is not valid YAML, or a mapping has a key twice; the message is one line
+            for each.
+    """
+    try:
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            if twice := list(_given_twice(node, "", set())):
+                raise ConfigError("\n".join(twice))
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except ConfigError:
+        raise
+    except RecursionError:
+        raise ValueError("not valid YAML: nested too deeply") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: !!int x
+        raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
+
+
 def _read_yaml(path: Path) -> dict:
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = path.read_bytes()
+        if error := pointer_error(raw):
+            raise ConfigError(f"{path}: {error}")
+        text = raw.decode("utf-8-sig")
     except FileNotFoundError:
         raise ConfigError(f"{path}: config file not found; see configs/ for the defaults") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {error}") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date such as 2026-13-01
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {reason}") from None
-    if not isinstance(raw, dict) or not raw:
-        raise ConfigError(f"{path}: expected sections such as model:, found {raw!r:.60}")
-    return raw
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = raw[: error.start].count(b"\n") + 1
+        raise ConfigError(
+            f"{path}: cannot be read: line {line} is not UTF-8; save it as UTF-8"
+        ) from None
+    try:
+        value = _parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError("\n".join(f"{path}: {x}" for x in str(error).split("\n"))) from None
+    if not isinstance(value, dict) or not value:
+        found = SHORT.repr(value)
+        raise ConfigError(f"{path}: expected sections such as model:, found {found}")
+    # As in other tools, a section x-... is a place for anchors.
+    return {name: section for name, section in value.items() if not str(name).startswith("x-")}
 
 
 def _read_set(setting: str) -> dict:
-    """'training.epochs=2' as {"training": {"epochs": 2}}."""
+    """'training.epochs=2' as {"training": {"epochs": 2}}.
+
+    The value of a key that takes text is the text, even if YAML would see a comment or list in it.
+    """
     dotted, equals, text = setting.partition("=")
     names = dotted.strip().split(".")
     if not equals or not all(names):
         raise ConfigError(f"--set {setting}: expected section.key=value")
     try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError):
+        value = _parse_yaml(text)
+    except ConfigError as error:
+        raise ConfigError(f"--set {setting:.80}: {error}") from None
+    except ValueError:
+        value = text
+    known = KEYS.get(dotted.strip())
+    takes_text = known is not None and _kind(known.type)[0] is str
+    text = text.strip()
+    if takes_text and text not in ("", "~", "null") and text[0] not in "'\"":
         value = text
     for name in reversed(names):
         value = {name: value}
@@ -434,9 +555,10 @@ def same_settings(stage: str, path: Path, config: Config) -> bool:
             tree = tree.get(name) if isinstance(tree, dict) else None
         return tree
 
-    recorded, current = _read_yaml(path), dataclasses.asdict(config)
+    recorded = _read_section(Config, _read_yaml(path), "", [])
+    current = dataclasses.asdict(config)
     return all(
-        value(recorded, key) == value(current, key)
+        recorded.get(key) == value(current, key)
         for key in KEYS
         if not _only_other_stage(stage, key)
     )

@@ -285,7 +285,18 @@ def test_an_unknown_key_is_reported_with_the_nearest_key(text, hint, tmp_path):
         ("training: {save_interval_minutes: 0}", "training.save_interval_minutes"),
         ("dataset: {eval_split: 0.6}", "dataset.eval_split"),
         ("dataset: {max_samples: 0}", "dataset.max_samples"),
-        ("model: {output: 2026-01-01}", "model.output"),
+        ("training: {max_steps: 0}", "training.max_steps"),  # not set, or no step at all?
+        ("training: {max_steps: -2}", "training.max_steps"),
+        ("training: {epochs: 1e999}", "training.epochs"),
+        ("training: {batch_size: 1000000000000000000000000000000}", "training.batch_size"),
+        ("training: {epochs: 1e30}", "training.epochs"),
+        ("training: {batch_size: 010}", "training.batch_size"),  # 8 in YAML 1.1, 10 in YAML 1.2
+        ("training: {batch_size: 0o10}", "training.batch_size"),
+        ("training: {batch_size: 0x10}", "training.batch_size"),
+        ("training: {save_interval_minutes: 1:30}", "training.save_interval_minutes"),
+        ("training: {save_interval_minutes: 30min}", "training.save_interval_minutes"),
+        ("training: {epochs: ３}", "training.epochs"),
+        ("model: {load_in_4bit: maybe}", "model.load_in_4bit"),
         ("model: {output: null}", "model.output"),
         ("model: {load_in_4bit: 1}", "model.load_in_4bit"),
         ("lora: {target_modules: q_proj}", "lora.target_modules"),
@@ -320,7 +331,15 @@ def test_4_bits_and_8_bits_together_are_an_error(tmp_path):
         ("just text", "expected sections"),
         ("model: [unclosed", "not valid YAML"),
         ("model:\n\tbase: tab", "not valid YAML"),
-        ("model: {output: 2026-13-01}", "not valid YAML"),  # read as a date, which it is not
+        ("model: {base: !!int x}", "not valid YAML"),
+        ("model: {base: a\0b}", "not valid YAML"),
+        ("model: {base: a}\n---\nmodel: {base: b}", "not valid YAML"),
+        ("model: {base: *nothing}", "not valid YAML"),
+        ("&a [*a]", "expected sections"),
+        ("[\n" * 5000, "not valid YAML: nested too deeply"),
+        ("- " * 5000, "not valid YAML: nested too deeply"),
+        ("model: {base: a}".encode("utf-16"), "line 1 is not UTF-8"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a Git LFS pointer"),
         ("model: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("model: {base: \xe9}".encode("latin-1"), "cannot be read"),
     ],
@@ -329,6 +348,86 @@ def test_a_file_that_is_not_a_configuration_is_reported_in_one_line(text, reason
     path = write(tmp_path, text)
     [line] = problems("sft", path)
     assert line.startswith(f"{path}: ") and reason in line and len(line) < 300
+
+
+def test_a_key_given_twice_is_reported_with_both_lines(tmp_path):
+    text = "training:\n  epochs: 1\n  epochs: 2\nmodel:\n  base: a/b\n\ntraining:\n  seed: 3\n"
+    path = write(tmp_path, text)
+    first, second = problems("sft", path)
+    assert first.startswith(f"{path}: training.epochs is given twice, on lines 2 and 3")
+    assert second.startswith(f"{path}: training is given twice, on lines 1 and 7")
+    path = write(tmp_path, "grpo:\n  penalties: {empty: 1, 'empty': 2}\n")
+    assert "grpo.penalties.empty is given twice, on lines 2 and 2" in problems("grpo", path)[0]
+    found = problems("grpo", None, ["grpo.penalties={empty: 1, empty: 2}"])
+    assert "--set grpo.penalties=" in found[0] and "empty is given twice" in found[0]
+
+
+def test_anchors_and_merge_keys_work_from_a_section_of_the_users_own(tmp_path):
+    text = "x-small: &small {rank: 4, alpha: 8}\nlora: {<<: *small, alpha: 16}\n"
+    config, ignored = load_config("sft", write(tmp_path, text))
+    assert (config.lora.rank, config.lora.alpha) == (4, 16) and ignored == []
+    [line] = problems("sft", write(tmp_path, ".anchors: &small {rank: 4}\nlora: {<<: *small}\n"))
+    assert "anchors: unknown key" in line and "x-" in line
+
+
+def test_a_mapping_that_refers_to_itself_or_grows_without_end_is_refused(tmp_path):
+    assert "is not allowed" in problems("sft", write(tmp_path, "model: &m {base: *m}"))[0]
+    levels = "".join(f"x-{i}: &b{i} [{', '.join([f'*b{i - 1}'] * 10)}]\n" for i in range(1, 30))
+    [line] = problems("sft", write(tmp_path, f"x-0: &b0 [a]\n{levels}model: {{base: *b29}}"))
+    assert "model.base: " in line and len(line) < 500
+    merges = "".join(
+        f"x-{i}: &m{i} {{<<: [{', '.join([f'*m{i - 1}'] * 10)}]}}\n" for i in range(1, 30)
+    )
+    [line] = problems("sft", write(tmp_path, f"x-0: &m0 {{a: 1, b: 2}}\n{merges}"))
+    assert "not valid YAML: merge keys" in line
+
+
+def test_a_text_is_what_the_file_has_even_if_yaml_would_see_something_else(tmp_path):
+    for text in ("2026-01-01", "010", "1:30", "no", "on", "2e-4", "0x10", "a#b"):
+        config, _ = load_config("sft", write(tmp_path, f"tracking: {{run_name: {text}}}"))
+        assert config.tracking.run_name == text
+        again, _ = load_config("sft", write(tmp_path, to_yaml(config)))
+        assert again == config
+
+
+@pytest.mark.parametrize(("text", "value"), [("yes", True), ("Off", False), ("TRUE", True)])
+def test_a_switch_takes_the_words_of_yaml(text, value, tmp_path):
+    path = write(tmp_path, f"model: {{load_in_4bit: {text}}}")
+    assert load_config("sft", path)[0].model.load_in_4bit is value
+
+
+@pytest.mark.parametrize("value", ["-1", "null", "~"])
+def test_max_steps_can_be_not_set(value):
+    config, _ = load_config("grpo", None, [f"training.max_steps={value}"])
+    assert config.training.max_steps in (-1, None)
+
+
+def test_home_and_environment_variables_in_paths_are_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("RUN", "b c")
+    path = write(tmp_path, "model: {output: '${HOME}/runs/$RUN', base: ~/models/x, sft: ~}")
+    assert "model.sft: None is not allowed" in problems("sft", path)[0]
+    path = write(tmp_path, "model: {output: '${HOME}/runs/$RUN', base: ~/models/x}")
+    config, _ = load_config("sft", path, ["dataset.name=$HOME/**/*.jsonl", "model.sft=~/sft"])
+    assert (config.model.output, config.model.base) == ("/home/me/runs/b c", "/home/me/models/x")
+    assert (config.dataset.name, config.model.sft) == ("/home/me/**/*.jsonl", "/home/me/sft")
+
+
+@pytest.mark.parametrize("key", ["model.base", "model.output", "model.sft", "dataset.name"])
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        ("$NO_SUCH/x", "$NO_SUCH is not set"),
+        ("${NO_SUCH}", "${NO_SUCH} is not set"),
+        ("~nobody-of-that-name/x", "no such user"),
+        ("''", "empty"),
+        ("' '", "empty"),
+        ('"a\\0b"', "control character"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_refused(key, value, reason):
+    [line] = problems("sft", None, [f"{key}={value}"])
+    assert f"{key}: " in line and reason in line
 
 
 def test_a_missing_file_and_a_folder_are_reported(tmp_path):
@@ -369,8 +468,24 @@ def test_settings_are_typed_and_applied_in_order(tmp_path):
     assert [sentence.split(" (")[0] for sentence in ignored] == ["model.torch_dtype"]
 
 
-def test_a_glob_that_yaml_reads_as_an_alias_is_a_string():
-    assert load_config("sft", None, ["dataset.name=*.jsonl"])[0].dataset.name == "*.jsonl"
+@pytest.mark.parametrize(
+    "text",
+    [
+        "*.jsonl",
+        "a #b.jsonl",
+        "a#b.jsonl",
+        "[ab]",
+        "{a: b}",
+        "a: b",
+        "# a",
+        "true",
+        "012",
+        "!x",
+        "&a",
+    ],
+)
+def test_the_value_of_a_setting_that_takes_text_is_the_text(text):
+    assert load_config("sft", None, [f"dataset.name={text}"])[0].dataset.name == text
 
 
 @pytest.mark.parametrize("setting", ["training.epochs", "=3", "training.=3", ""])
