@@ -39,12 +39,13 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--model",
         metavar="MODEL",
+        type=cli.name,
         help="adapter folder, model folder or Hub id (default: outputs/grpo, else outputs/sft)",
     )
     add(
         "--output",
         metavar="DIR",
-        type=Path,
+        type=cli.path,
         default=Path("outputs/gguf"),
         help="folder for the GGUF files and the Modelfile (default: %(default)s)",
     )
@@ -63,8 +64,8 @@ def parse_arguments() -> argparse.Namespace:
         help="check the tokenizer, and read each file back before it gets its name",
     )
     add("--ollama", metavar="NAME", help="run ollama create NAME at the end")
-    add("--mlx", metavar="DIR", type=Path, help="write the fused model for MLX")
-    add("--peft", metavar="DIR", type=Path, help="write the adapter for PEFT")
+    add("--mlx", metavar="DIR", type=cli.path, help="write the fused model for MLX")
+    add("--peft", metavar="DIR", type=cli.path, help="write the adapter for PEFT")
     add(
         "--push",
         metavar="OWNER/NAME",
@@ -80,7 +81,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "--evaluation",
         metavar="FILE",
-        type=Path,
+        type=cli.path,
         help="the model's results from eval.py -o, also published (default: MODEL/evaluation.json)",
     )
     add("--force", metavar="REASON", help="publish a model that is not better; the card says why")

@@ -12,11 +12,10 @@ reranker, on judged collections (default: evals/vault), with the bare queries an
 """
 
 import argparse
-import os
 import sys
-from pathlib import Path
 
 from expander import cli
+from expander.queries import checked_query
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,10 +24,18 @@ def parse_arguments() -> argparse.Namespace:
         epilog="example: python eval.py --model outputs/grpo --decode qmd -o results.json",
     )
     add, count = parser.add_argument, cli.integer_from(1)
-    add("positional_model", metavar="MODEL", nargs="?", help="same as --model")
-    add("--model", help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)")
-    queries_help = "text file with one query per line (default: evals/queries.txt)"
-    add("--queries", type=Path, metavar="FILE", help=queries_help)
+    add("positional_model", metavar="MODEL", nargs="?", type=cli.name, help="same as --model")
+    add(
+        "--model",
+        type=cli.name,
+        help="adapter folder, model folder or Hub id (default: outputs/grpo, else sft)",
+    )
+    add(
+        "--queries",
+        type=cli.path,
+        metavar="FILE",
+        help="text file with one query per line (default: evals/queries.txt)",
+    )
     add("--query", metavar="TEXT", help="expand a single query")
     add("--max-queries", type=count, metavar="N", help="use only the first N queries")
     tokens_help = "token limit of an expansion (default: 200; 600 with --decode qmd)"
@@ -42,14 +49,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=count, metavar="N", default=1, help=samples_help)
     seed_help = "seed for sampling and confidence intervals (default: 42)"
     add("--seed", type=cli.integer_from(0), metavar="N", default=42, help=seed_help)
-    add("-o", "--output", type=Path, metavar="FILE", help="write the results to a JSON file")
+    add("-o", "--output", type=cli.path, metavar="FILE", help="write the results to a JSON file")
     add("-v", "--verbose", action="store_true", help="print each expansion and its deductions")
     golden_help = "compare with reference expansions, in any row format"
-    add("--golden", type=Path, metavar="FILE", help=golden_help)
+    add("--golden", type=cli.path, metavar="FILE", help=golden_help)
     add("--fail-under", type=float, metavar="N", help="exit with 1 if the average is below N %%")
     add(
         "--retrieval",
         nargs="*",
+        type=cli.name,
         metavar="COLLECTION",
         help="measure the search on these collections (default: evals/vault), decoding as QMD does",
     )
@@ -60,9 +68,9 @@ def parse_arguments() -> argparse.Namespace:
         help="vectors for --retrieval: wordllama (default), none, or http://HOST:PORT/v1#MODEL",
     )
     score_help = 'score the expansions in a JSON Lines file of {"query", "expansion"}'
-    add("--score-only", type=Path, metavar="FILE", help=score_help)
+    add("--score-only", type=cli.path, metavar="FILE", help=score_help)
     compare_help = "compare two result files written with -o"
-    add("--compare", type=Path, nargs=2, metavar=("A", "B"), help=compare_help)
+    add("--compare", type=cli.path, nargs=2, metavar=("A", "B"), help=compare_help)
     args = parser.parse_args()
     check_arguments(parser, args)
     return args
@@ -76,9 +84,10 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
     if sum(x is not None for x in (args.query, args.queries, args.score_only, args.compare)) > 1:
         parser.error("use only one of --query, --queries, --score-only and --compare")
     if args.query is not None:
-        args.query = " ".join(args.query.split())
-        if not args.query or not args.query.isprintable():
-            parser.error("--query: the query is empty or has unprintable characters")
+        try:
+            args.query = checked_query(args.query)
+        except ValueError as error:
+            parser.error(f"--query: {error}")
     if args.compare and (args.output or args.golden or args.fail_under is not None):
         parser.error("--compare cannot be used with --output, --golden or --fail-under")
     if args.retrieval is not None and (args.compare or args.query is not None):
@@ -89,24 +98,17 @@ def check_arguments(parser: argparse.ArgumentParser, args: argparse.Namespace) -
         parser.error("--fail-under takes a percentage from 0 to 100")
 
 
-def check_output(path: Path) -> None:
-    """Fail before the evaluation, not after it, if its results cannot be written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"--output {path}: cannot be written: a folder, or in a read-only one")
-
-
 def evaluate(args: argparse.Namespace) -> int:
     """Expand or read expansions, then measure, write and print; return the exit code."""
     from expander.eval import inputs, measure, report
     from expander.eval.comparison import SCHEMA
     from expander.eval.expand import Expander
-    from expander.files import write_json
+    from expander.files import check_writable, write_json
     from expander.model import read_chain, trained_model
     from expander.retrieval import evaluate as retrieval
 
-    if args.output:
-        check_output(args.output)
+    if args.output:  # fail before the evaluation, not after it
+        check_writable(args.output)
     golden = inputs.read_golden(args.golden) if args.golden else {}
     chain = None
     if args.score_only:

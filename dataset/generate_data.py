@@ -39,8 +39,8 @@ from dataset.endpoint import (
 from dataset.gate import MIN_SCORE, evaluation_copies, judge
 from dataset.journal import append, recorded, repair
 from expander import cli
-from expander.queries import normal_query, read_queries
-from expander.rows import SURROGATE, canonical_row, file_rows, parse_row
+from expander.queries import SURROGATE, checked_query, normal_query, read_queries
+from expander.rows import canonical_row, file_rows, parse_row
 
 MLX_SERVER = "http://localhost:8080/v1"
 KEYS = {"openai": "OPENAI_API_KEY", "anthropic": "ANTHROPIC_API_KEY"}
@@ -89,15 +89,25 @@ def parse_arguments() -> argparse.Namespace:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--queries",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help='queries, one per line, or .jsonl rows with a "query"',
     )
     source.add_argument(
-        "--topics", type=Path, metavar="FILE", help="topics, one per line, to invent queries for"
+        "--topics",
+        type=cli.path,
+        metavar="FILE",
+        help="topics, one per line, to invent queries for",
     )
     add("--per-topic", type=int, metavar="N", default=20, help="queries per topic (default: 20)")
-    add("-o", "--output", type=Path, metavar="FILE", required=True, help="file to append rows to")
+    add(
+        "-o",
+        "--output",
+        type=cli.path,
+        metavar="FILE",
+        required=True,
+        help="file to append rows to",
+    )
     add("--api", choices=KEYS, default="openai", help="protocol of the endpoint (default: openai)")
     add("--url", help=f"base URL of the endpoint (default with openai: {MLX_SERVER})")
     add("--model", required=True, help="model name at the endpoint")
@@ -142,12 +152,11 @@ def read_source(path: Path) -> Queries:
                 raise row
             if not (isinstance(row, dict) and isinstance(row.get("query"), str)):
                 row = vars(parse_row(row))
-            if not row["query"].strip() or SURROGATE.search(row["query"]):
-                raise ValueError(f"the query is {row['query']!r}, expected text")
+            query = checked_query(row["query"])
         except ValueError as error:
             raise ValueError(f"{location}: {error}") from None
         category = row.get("category")
-        queries.append((row["query"], category if isinstance(category, str) else None))
+        queries.append((query, category if isinstance(category, str) else None))
     return queries
 
 

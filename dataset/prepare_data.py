@@ -77,7 +77,7 @@ def parse_arguments() -> argparse.Namespace:
     add(
         "-o",
         "--output",
-        type=Path,
+        type=cli.path,
         default=Path("data/train"),
         metavar="DIR",
         help="folder for the result (default: data/train)",
@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=42, metavar="N", help="seed for the split (default: 42)")
     add(
         "--queries",
-        type=Path,
+        type=cli.path,
         metavar="FILE",
         help="queries to leave out (default: evals/queries.txt)",
     )

@@ -5,7 +5,6 @@ A row is canonical ({"query": ..., "output": [["hyde", text], ...]}), input/outp
 """
 
 import glob
-import json
 import random
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,8 +12,15 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+from expander.files import expand_path, parse_json, pointer_error
 from expander.prompt import IM_END, IM_START, TYPES, query_of
-from expander.queries import base_query, normal_query
+from expander.queries import (
+    base_query,
+    check_characters,
+    checked_query,
+    normal_query,
+    visible_text,
+)
 from reward import CHAT_MARKERS
 
 THINK = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -23,10 +29,12 @@ TURN = re.compile(
     re.DOTALL,
 )
 INTENT = re.compile(r"\n\s*Query intent:\s*(.*)\Z", re.DOTALL | re.IGNORECASE)
-SURROGATE = re.compile(r"[\ud800-\udfff]")  # unpaired: JSON's "\ud83d" without its other half
 LINE = re.compile(rf"({'|'.join(TYPES)})\s*:\s*(.*)", re.DOTALL)
 # The project's own rows, from its root.
 DATA = "data/*.jsonl"
+# File names that have a meaning in a data set, mlx-lm's among them. The rest are rows to train on.
+TRAIN, TEST = "train.jsonl", "test.jsonl"
+VALIDATION = ("valid.jsonl", "val.jsonl", "validation.jsonl")
 
 
 class DataError(ValueError):
@@ -69,10 +77,16 @@ class Rows:
 def _line(kind: object, text: object) -> tuple[str, str]:
     """A checked (type, text) pair, with line breaks as spaces."""
     if kind not in TYPES:
-        raise ValueError(f"line type {kind!r} is not one of {', '.join(TYPES)}")
-    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"line type {kind!r:.60} is not one of {', '.join(TYPES)}")
+    if not isinstance(text, str) or not visible_text(text):
         raise ValueError(f"a {kind} line has no text")
-    return kind, " ".join(text.split()) if "\n" in text else text.strip()
+    return kind, one_line(text)
+
+
+def one_line(text: str) -> str:
+    r"""Text with its line breaks as spaces, also those that are not "\n", such as U+2028."""
+    text = text.strip()
+    return " ".join(text.split()) if len(text.splitlines()) > 1 else text
 
 
 def _text_lines(text: str) -> list[tuple[str, str]]:
@@ -160,8 +174,7 @@ def _own_lines(row: dict) -> list[tuple[str, str]] | None:
 def _check_text(texts: Iterable[str]) -> None:
     """Raise ValueError for text that would break the prompt's frame or cannot be encoded."""
     text = " ".join(texts)
-    if SURROGATE.search(text):
-        raise ValueError("text contains an unpaired surrogate, which is not valid Unicode")
+    check_characters(text)
     markers = [repr(marker) for marker in CHAT_MARKERS if marker in text]
     if markers or THINK.search(text):
         raise ValueError(f"text contains {markers[0] if markers else 'a think block'}")
@@ -198,11 +211,11 @@ def parse_row(
         query = query_of(message)
         query = message if query is None else query
 
-    if not isinstance(query, str) or not query.strip():
-        raise ValueError(f"the query is {query!r}, expected text")
+    if not isinstance(query, str):
+        raise ValueError(f"the query is {query!r:.60}, expected text")
+    query = checked_query(query)
     if not lines:
         raise ValueError("the expansion has no lines")
-    query = " ".join(query.split())
     _check_text([query, str(intent), *(text for _, text in lines)])
     if in_order:
         lines = sorted(lines, key=lambda line: TYPES.index(line[0]))
@@ -230,13 +243,9 @@ def canonical_row(example: Example) -> dict:
 def _parse_line(raw: bytes) -> object:
     """The JSON value of a line, or a ValueError if it is not valid."""
     try:
-        return json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        return ValueError(f"not UTF-8 ({error.reason} at byte {error.start})")
-    except json.JSONDecodeError as error:
-        return ValueError(f"not valid JSON ({error.msg} at column {error.colno})")
-    except (ValueError, RecursionError) as error:  # number or nesting too long
-        return ValueError(f"not valid JSON ({error})")
+        return parse_json(raw)
+    except ValueError as error:
+        return error
 
 
 def file_rows(path: Path) -> Iterator[tuple[str, object]]:
@@ -253,6 +262,8 @@ def file_rows(path: Path) -> Iterator[tuple[str, object]]:
             for number, raw in enumerate(stream, 1):
                 if raw.strip():
                     yield f"{path}:{number}", _parse_line(raw)
+                if number == 1 and pointer_error(raw):
+                    return  # one error for the whole file
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -301,24 +312,107 @@ def _parse_all(rows: Iterable[tuple[str, object]], **fields) -> list[Example]:
     return examples
 
 
+def _glob(pattern: str) -> list[Path]:
+    """The visible files that match; `**` is any depth, without following links to folders."""
+    parts = Path(pattern).parts
+    if "**" not in parts:
+        found = map(Path, glob.glob(pattern))
+    else:
+        depth = parts.index("**")
+        rest = Path(*parts[depth:]) if parts[depth + 1 :] else Path("**", "*")
+        bases = map(Path, glob.glob(str(Path(*parts[:depth]))) if depth else ["."])
+        found = (
+            path
+            for base in bases
+            for path in base.glob(str(rest))
+            if not any(part.startswith(".") for part in path.relative_to(base).parts)
+        )
+    # "._a.jsonl" is not a file of the user's: macOS keeps the attributes of a.jsonl in it.
+    return sorted(path for path in found if path.is_file() and not path.name.startswith("._"))
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    """The train.jsonl of a folder, or else all of its visible .jsonl files.
+
+    Raises:
+        DataError: no such file, or rows to validate or test on without rows to train on.
+    """
+    every = [path for path in sorted(folder.glob("*.jsonl")) if path.is_file()]
+    files = [path for path in every if not path.name.startswith(".")]
+    if not files:
+        hidden = f"; hidden files such as {every[0].name} are not read" if every else ""
+        raise DataError(f"{folder}: the folder has no .jsonl file{hidden}")
+    if prepared := [path for path in files if path.name == TRAIN]:
+        return prepared
+    if reserved := [path.name for path in files if path.name in (*VALIDATION, TEST)]:
+        raise DataError(
+            f"{folder}: the folder has {reserved[0]} but no {TRAIN}; rename the rows to train on, "
+            "or name the file that you want to read"
+        )
+    return files
+
+
+def _without_copies(files: Iterable[Path]) -> list[Path]:
+    """Each file once, also if a link or another spelling leads to it; the first name stays."""
+    found: dict[tuple[int, int], Path] = {}
+    for path in files:
+        status = path.stat()
+        found.setdefault((status.st_dev, status.st_ino), path)
+    return list(found.values())
+
+
 def local_files(name: str) -> list[Path]:
     """The .jsonl files of a path or glob; empty if nothing matches.
 
-    A folder with a train.jsonl gives that file, any other folder its *.jsonl files.
+    A folder with a train.jsonl gives that file, any other folder its *.jsonl files. Folders and
+    globs leave hidden files out.
 
     Raises:
-        DataError: a folder without .jsonl files.
+        DataError: the name is empty or has an unknown variable, or it is a folder without rows.
     """
-    path = Path(name).expanduser()
+    try:
+        path = Path(expand_path(name))
+    except ValueError as error:
+        raise DataError(f"data {name!r:.60}: {error}") from None
     if path.is_file():
         return [path]
-    if path.is_dir():
-        prepared = path / "train.jsonl"
-        files = [prepared] if prepared.is_file() else sorted(path.glob("*.jsonl"))
-        if not files:
-            raise DataError(f"{name}: the folder has no .jsonl file")
-        return files
-    return sorted(Path(match) for match in glob.glob(str(path)))
+    return _folder_files(path) if path.is_dir() else _without_copies(_glob(str(path)))
+
+
+def split_files(name: str) -> tuple[list[Path], list[Path]]:
+    """The files of a path or glob to train on and, if the data set has its own split, to validate on.
+
+    The names are mlx-lm's: next to a train.jsonl, valid.jsonl (or val.jsonl, validation.jsonl) is
+    validation, and test.jsonl is neither. A file that is named itself is always read.
+
+    Raises:
+        DataError: as `local_files`; or a glob finds rows to validate or test on without rows to
+            train on; or a folder has two files to validate on.
+    """
+    files = local_files(name)
+    if Path(expand_path(name)).is_file():
+        reserved = []
+    else:
+        reserved = [path for path in files if path.name in (*VALIDATION, TEST)]
+    train = [path for path in files if path not in reserved]
+    prepared = {path.parent for path in train if path.name == TRAIN}
+    if unpaired := [path for path in reserved if path.parent not in prepared]:
+        raise DataError(
+            f"{name}: {unpaired[0]} is not next to a {TRAIN}; rename the rows to train on, or name "
+            "only their files"
+        )
+    validation = []
+    for folder in sorted(prepared):
+        found = [folder / held for held in VALIDATION if (folder / held).is_file()]
+        if len(found) > 1:
+            raise DataError(f"{folder}: has {found[0].name} and {found[1].name}; keep one of them")
+        validation += found
+    return train, validation
+
+
+def _not_found(name: str) -> DataError:
+    hidden = "; hidden files are not read" if glob.has_magic(name) else ""
+    return DataError(f"{name}: no such file or folder, and no file matches{hidden}")
 
 
 def find_files(names: Iterable[str]) -> list[Path]:
@@ -327,13 +421,13 @@ def find_files(names: Iterable[str]) -> list[Path]:
     Raises:
         DataError: nothing matches one of the names.
     """
-    found: dict[Path, None] = {}
+    found: list[Path] = []
     for name in names:
         files = local_files(name)
         if not files:
-            raise DataError(f"{name}: no such file or folder, and no file matches")
-        found |= dict.fromkeys(files)
-    return list(found)
+            raise _not_found(name)
+        found += files
+    return _without_copies(found)
 
 
 def read_files(names: Iterable[str]) -> list[Example]:
@@ -404,11 +498,11 @@ def named_rows(
     Raises:
         DataError: a local path that does not exist, or a data set that could not be downloaded.
     """
-    files = local_files(name)
+    files, _ = split_files(name)
     if files:
         return (row for path in files for row in file_rows(path))
     if looks_local(name):
-        raise DataError(f"{name}: no such file or folder, and no file matches")
+        raise _not_found(name)
     return hub_rows(name, split, subset)
 
 
@@ -425,7 +519,7 @@ def load_rows(
     """Load a file, a folder, a glob or a Hub data set, drop duplicate queries, and split.
 
     Duplicates are dropped before the split, so that no query is on both sides. A folder with
-    train.jsonl and val.jsonl keeps its own split.
+    train.jsonl and valid.jsonl keeps its own split: see `split_files`.
 
     Args:
         name: path, glob or Hub id.
@@ -445,10 +539,9 @@ def load_rows(
         raise DataError(f"dataset.name {name}: contains no rows")
 
     seen: set[str] = set()
-    files = local_files(name)
-    prepared = files[0].with_name("val.jsonl") if files else None
-    if len(files) == 1 and files[0].name == "train.jsonl" and prepared.is_file():
-        held = _parse_all(file_rows(prepared), **fields)
+    _, prepared = split_files(name)
+    if prepared:
+        held = _parse_all((row for path in prepared for row in file_rows(path)), **fields)
         validation = _unique(held, seen)
         bases = {base_query(e.query) for e in validation}
         train = [e for e in _unique(read, seen) if base_query(e.query) not in bases]

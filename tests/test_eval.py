@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -14,6 +15,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from expander import model as models
+from expander.eval import report
 from expander.eval.measure import measure
 from expander.queries import query_digest, read_query_digests, write_query_digests
 
@@ -129,8 +131,15 @@ def test_one_query(tiny_qwen3, evaluate):
     ("args", "message"),
     [
         (["--query", "a", "--queries", "b.txt"], "use only one of"),
-        (["--query", " "], "the query is empty"),
-        (["--query", "a\x00b"], "unprintable characters"),
+        (["--query", " "], "--query: the query is ' ', which is empty"),
+        (["--query", "\u200b"], "which is empty"),
+        (["--query", "a\x00b"], "control character U+0000"),
+        (["--query", "a\x1b[0m"], "control character U+001B"),
+        (["--query", "caf\udce9"], "surrogate"),
+        (["--model", "", "--query", "a"], "--model: the name is empty"),
+        (["", "--query", "a"], "the name is empty"),
+        (["--query", "a", "-o", ""], "the name is empty"),
+        (["--score-only", "$NO_SUCH_NAME/a"], "$NO_SUCH_NAME is not set"),
         (["--samples", "2"], "add --decode qmd"),
         (["--max-queries", "0"], "not an integer >= 1"),
         (["--fail-under", "101"], "a percentage from 0 to 100"),
@@ -196,6 +205,12 @@ def test_greedy_text_does_not_depend_on_the_batch(trained, queries, evaluate):
         assert texts(Path("alone.json")) == {query: text}
 
 
+@pytest.mark.parametrize("query", ["می‌خواهم کتاب بخوانم", "👨‍👩‍👧 photos", "e\u0301tude"])
+def test_a_query_written_with_joiners_or_accents_is_expanded(query, trained, evaluate):
+    done = evaluate(trained["sft"], "--query", query, "--max-new-tokens", "2", "-o", "one.json")
+    assert done.code == 0 and list(texts(Path("one.json"))) == [query]
+
+
 def test_qmd_decoding_depends_on_seed_query_and_prompt(trained, queries, evaluate):
     def sampled(*args: str) -> dict[str, list[str]]:
         done = evaluate(trained["sft"], "--decode", "qmd", *SHORT, "-o", "q.json", *args)
@@ -236,6 +251,12 @@ def test_a_query_beyond_the_models_context(trained, evaluate):
 def test_query_digests_ignore_case_spaces_and_only_suffixes(tmp_path):
     expected = hashlib.sha256(b"auth config").hexdigest()[:16]
     assert query_digest("Auth  Config") == query_digest("auth config /only:lex") == expected
+    composed = hashlib.sha256("café".encode()).hexdigest()[:16]  # as earlier adapters recorded it
+    assert (
+        query_digest("Café") == query_digest("cafe\u0301") == query_digest("café\u200b") == composed
+    )
+    persian = "می‌خواهم"
+    assert query_digest(persian) == hashlib.sha256(persian.encode()).hexdigest()[:16]
     write_query_digests(tmp_path, ["auth config /only:lex", "Auth config", "pie"])
     record = json.loads((tmp_path / "queries.json").read_text(encoding="utf-8"))
     assert record == {"schema": 1, "sha256": sorted([expected, query_digest("pie")])}
@@ -319,7 +340,39 @@ def test_the_results_file_is_complete(trained, tiny_qwen3, queries, evaluate):
 
 def test_an_unwritable_output_fails_before_the_evaluation(trained, evaluate):
     Path("folder").mkdir()
-    assert "--output folder: " in evaluate(trained["sft"], "--query", "a", "-o", "folder").error
+    os.mkfifo("pipe")
+    for name, reason in {"folder": "folder", "pipe": "nobody reads"}.items():
+        done = evaluate("none", "--query", "a", "-o", name)  # no such model either
+        assert reason in done.error and f"'{name}'" in done.error
+    assert Path("pipe").is_fifo() and Path("folder").is_dir()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
+def test_results_are_written_even_if_they_cannot_be_printed(error, evaluate, monkeypatch):
+    jsonl(Path("outputs.jsonl"), {"query": "nginx TLS", "expansion": GOOD})
+
+    def fail(*args, **options):
+        raise error
+
+    monkeypatch.setattr(report, "format_record", fail)
+    done = evaluate("--score-only", "outputs.jsonl", "-o", "scored.json")
+    assert done.code == (141 if isinstance(error, BrokenPipeError) else 2)
+    assert texts(Path("scored.json")) == {"nginx TLS": [GOOD]}
+
+
+def test_an_ascii_terminal_shows_escapes(run, tmp_path):
+    path = jsonl(tmp_path / "outputs.jsonl", {"query": "café", "expansion": "lex: café\n"})
+    args = ["--score-only", path, "-v", "-o", tmp_path / "scored.json"]
+    done = run(["eval.py", *args], env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and "caf\\xe9" in done.stdout
+    assert texts(tmp_path / "scored.json") == {"café": ["lex: café\n"]}
+
+
+def test_results_go_to_a_pipe_or_through_a_link(evaluate):
+    jsonl(Path("outputs.jsonl"), {"query": "nginx TLS", "expansion": GOOD})
+    Path("link.json").symlink_to("target.json")
+    assert evaluate("--score-only", "outputs.jsonl", "-o", "link.json").code == 0
+    assert Path("link.json").is_symlink() and texts(Path("target.json")) == {"nginx TLS": [GOOD]}
 
 
 # --- queries
@@ -332,6 +385,9 @@ def test_an_unwritable_output_fails_before_the_evaluation(trained, evaluate):
         (b"", "contains no queries"),
         (b"# category\n\n## comment\n", "contains no queries"),
         (b"nginx\ncaf\xe9\n", "queries.txt:2: not UTF-8"),
+        (b"nginx\nca\0fe\n", "queries.txt:2: text contains the control character U+0000"),
+        ("\ufeff\u200b\n \u2060 \n".encode(), "contains no queries"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "a Git LFS pointer"),
     ],
 )
 def test_invalid_query_files(content, message, evaluate):
@@ -367,14 +423,41 @@ def test_score_only(evaluate):
     [
         ("", "no rows"),
         ('{"query": "a", "expansion": "lex: b"}\n{"query": "a"', "outputs.jsonl:2: not valid JSON"),
-        ('{"query": "a"}\n', 'outputs.jsonl:1: expected {"query": text, "expansion": text}'),
+        ('{"query": "a"}\n', 'outputs.jsonl:1: expected {"query": text, "expansion": text'),
         ("[]\n", "outputs.jsonl:1: expected"),
         ('{"query": "a", "output": [["lex"]]}\n', "outputs.jsonl:1: expected"),
+        ('{"query": "a", "output": [["lex", null]]}\n', "outputs.jsonl:1: expected"),
+        ('{"query": "a", "output": [["vec", {"x": 1}]]}\n', "outputs.jsonl:1: expected"),
+        ('{"query": "a", "output": [[1, "b"]]}\n', "outputs.jsonl:1: expected"),
+        ('{"query": "a", "output": [["lex", "b"], "vec: c"]}\n', "outputs.jsonl:1: expected"),
+        ('{"query": null, "output": "lex: b"}\n', "outputs.jsonl:1: expected"),
+        ('{"query": " \\u200b", "output": "lex: b"}\n', "outputs.jsonl:1: the query is"),
+        ('{"query": "a\\u0000", "output": "lex: b"}\n', "outputs.jsonl:1: text contains"),
+        (
+            '{"query": "a", "query": "b", "output": ""}\n',
+            "outputs.jsonl:1: not valid JSON (the key",
+        ),
+        ('{"query": "a", "output": "", "score": NaN}\n', "outputs.jsonl:1: not valid JSON (NaN"),
+        ("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 2\n", "a Git LFS pointer"),
     ],
 )
 def test_invalid_files_of_expansions(content, message, evaluate):
     Path("outputs.jsonl").write_text(content, encoding="utf-8")
     assert message in evaluate("--score-only", "outputs.jsonl").error
+
+
+def test_one_query_in_several_spellings_has_several_samples(evaluate):
+    spellings = ("café menu", "cafe\u0301 menu", "caf\u00e9\u200b  menu ", "\ufeffcafé\u2060 menu")
+    jsonl(Path("outputs.jsonl"), *({"query": x, "expansion": GOOD} for x in spellings))
+    assert evaluate("--score-only", "outputs.jsonl", "-o", "scored.json").code == 0
+    assert texts(Path("scored.json")) == {"café menu": [GOOD] * 4}
+
+
+def test_a_line_break_of_another_kind_stays_in_its_line(evaluate):
+    pairs = [["lex", "a\rvec: b\u2028c"], ["vec", "d\nlex: e"]]
+    jsonl(Path("outputs.jsonl"), {"query": "a", "output": pairs})
+    assert evaluate("--score-only", "outputs.jsonl", "-o", "scored.json").code == 0
+    assert texts(Path("scored.json")) == {"a": ["lex: a vec: b c\nvec: d lex: e"]}
 
 
 def test_figures_against_references_are_reported(evaluate):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from expander.prompt import render_lines, render_prompt, render_target, user_message
-from expander.queries import base_query
+from expander.queries import base_query, normal_query
 from expander.rows import (
     DataError,
     canonical_row,
@@ -206,6 +206,11 @@ def test_a_longer_chat_gives_its_last_answered_turn():
         ({"messages": [{**USER, "content": user_message("")}, ANSWER]}, "the query is ''"),
         ({"query": "a\ud83d", "output": LINES}, "surrogate"),
         ({"query": QUERY, "output": [["lex", "\udc00"]]}, "surrogate"),
+        ({"query": "a\0b", "output": LINES}, "control character U+0000"),
+        ({"query": QUERY, "output": [["lex", "a\x1b[31m"]]}, "control character U+001B"),
+        ({"query": QUERY, "output": LINES, "intent": "a\0"}, "control character U+0000"),
+        ({"query": "\u200b\ufeff", "output": LINES}, "which is empty"),
+        ({"query": QUERY, "output": [["lex", "\u200b \u2060"]]}, "a lex line has no text"),
     ],
 )
 def test_a_broken_row_is_reported_with_the_reason(bad, reason):
@@ -222,6 +227,8 @@ def test_a_broken_row_is_reported_with_the_reason(bad, reason):
         (b'{"query": "caf\xe9"}', "not UTF-8 (invalid continuation byte at byte 14)"),
         (b'{"query": %s}' % (b"7" * 5000), "not valid JSON"),  # more digits than Python reads
         (b"[" * 200_000, "not valid JSON"),  # deeper than Python recurses
+        (b'{"query": "x", "query": "y", "output": []}', "the key 'query' is given twice"),
+        (b'{"query": "x", "output": [], "score": NaN}', "NaN is not a finite number"),
         (b'"a text"', "a row is an object, found str"),
         (b'{"query": "x", "output": [["lex", ""]]}', "a lex line has no text"),
     ],
@@ -232,6 +239,27 @@ def test_a_broken_line_is_reported_with_its_location(line, reason, tmp_path):
         load_rows(str(path))
     assert str(caught.value).startswith(f"{path}:3: ") and reason in str(caught.value)
     assert "more broken" not in str(caught.value)
+
+
+def test_a_git_lfs_pointer_is_named_once(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1", b"oid sha256:4d7a", b"size 12345"
+    path = jsonl(tmp_path / "rows.jsonl", *pointer)
+    with pytest.raises(DataError, match=rf"^{path}:1: a Git LFS pointer.*git lfs pull[^(]*$"):
+        load_rows(str(path))
+
+
+@pytest.mark.parametrize("mark", ["\r", "\u2028", "\u2029", "\x85", "\v", "\f", "\r\n", "\n\n"])
+def test_every_line_break_in_a_line_is_a_space(mark):
+    found = parse_row({"query": f"a{mark}b", "output": [["lex", f"one {mark} two"]]})
+    assert found.query == "a b" and found.lines == (("lex", "one two"),)
+    [found, *_] = parse_row({"query": "a", "output": f"lex: one{mark.strip(chr(10))}two"}).lines
+    assert found[1].split() in (["one", "two"], ["onetwo"])
+
+
+def test_joiners_and_accents_stay_as_they_are():
+    for text in ("می‌خواهم", "👨‍👩‍👧", "cafe\u0301"):
+        found = parse_row({"query": text, "output": [["lex", text]]})
+        assert found.query == text and found.lines == (("lex", text),)
 
 
 def test_further_broken_lines_are_counted(tmp_path):
@@ -311,6 +339,54 @@ def test_file_folder_and_glob_give_the_same_rows(tmp_path, rows):
     assert loaded[-1].train[-1].source.startswith(str(tmp_path / "two" / "b.jsonl"))
 
 
+def test_two_stars_are_every_depth(tmp_path):
+    for number, name in enumerate(("top", "a/one", "a/b/two", ".git/three", "a/.four", "a/._one")):
+        jsonl(tmp_path / f"{name}.jsonl", row(f"{number}"))
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "a" / "again").symlink_to(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+
+    def read(name: str) -> set[str]:
+        return set(queries(load_rows(str(tmp_path / name)).train))
+
+    assert read("**/*.jsonl") == read("**") == {"0", "1", "2"}
+    assert read("*/**/*.jsonl") == read("a/**/*.jsonl") == {"1", "2"}
+    assert read("**/b/*.jsonl") == {"2"} and read("*.jsonl") == {"0"}
+    with pytest.raises(DataError, match="no file matches"):
+        load_rows(str(tmp_path / "b" / "**" / "*.jsonl"))
+
+
+def test_hidden_files_are_not_rows(tmp_path):
+    for name in (".backup", "._rows"):
+        jsonl(tmp_path / f"{name}.jsonl", b"\0\5\26\7\0\2\0\0Mac OS X")
+    for name in ("", "*.jsonl", ".[!b]*.jsonl"):
+        with pytest.raises(DataError, match="hidden files"):
+            load_rows(str(tmp_path / name))
+    jsonl(tmp_path / "rows.jsonl", row("one"))
+    for name in ("", "*.jsonl", "**/*.jsonl"):
+        assert queries(load_rows(str(tmp_path / name)).train) == ["one"]
+
+
+def test_a_file_that_several_names_lead_to_is_read_once(tmp_path, monkeypatch):
+    one = jsonl(tmp_path / "one.jsonl", row("a"))
+    (tmp_path / "two.jsonl").symlink_to(one)
+    (tmp_path / "three.jsonl").hardlink_to(one)
+    monkeypatch.chdir(tmp_path)
+    assert find_files(["*.jsonl", "one.jsonl", "./one.jsonl", str(one)]) == [Path("one.jsonl")]
+    (tmp_path / "lost.jsonl").symlink_to("nowhere")  # a link without its file is no file
+    assert load_rows("*.jsonl").read == 1
+
+
+def test_names_with_home_and_variables_and_empty_names(tmp_path, monkeypatch):
+    jsonl(tmp_path / "one.jsonl", row("a"))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("~/one.jsonl", "$HOME/one.jsonl", "~", "${HOME}/*.jsonl"):
+        assert queries(load_rows(name).train) == ["a"]
+    for name, reason in {"": "empty", "$NO_SUCH/a": "not set", "a\0b": "control"}.items():
+        with pytest.raises(DataError, match=reason):
+            find_files([name])
+
+
 def test_several_names_give_each_file_once_and_duplicate_rows(tmp_path):
     one = jsonl(tmp_path / "one.jsonl", row("a"), row("A"))
     two = jsonl(tmp_path / "two.jsonl", row("b"))
@@ -381,6 +457,50 @@ def test_a_prepared_folder_keeps_its_own_split(tmp_path):
     assert queries(loaded.train) == ["one", "three"]
     assert queries(loaded.validation) == ["Two", "four"]
     assert (loaded.read, loaded.duplicates) == (7, 3)
+
+
+@pytest.mark.parametrize("held", ["valid", "val", "validation"])
+@pytest.mark.parametrize("name", ["", "*.jsonl", "train.jsonl", "**/*.jsonl"])
+def test_a_folder_with_the_names_of_mlx_lm_keeps_its_split(held, name, tmp_path):
+    jsonl(tmp_path / "train.jsonl", row("one"), row("two"))
+    jsonl(tmp_path / f"{held}.jsonl", row("three"))
+    jsonl(tmp_path / "test.jsonl", row("four"))
+    loaded = load_rows(str(tmp_path / name), eval_split=0.5)
+    assert (queries(loaded.train), queries(loaded.validation)) == (["one", "two"], ["three"])
+
+
+def test_a_prepared_folder_without_validation_rows_is_split(tmp_path):
+    jsonl(tmp_path / "train.jsonl", row("one"), row("two"))
+    jsonl(tmp_path / "test.jsonl", row("three"))
+    loaded = load_rows(str(tmp_path), eval_split=0.5)
+    assert len(loaded.train) == len(loaded.validation) == 1 and loaded.read == 2
+
+
+@pytest.mark.parametrize("held", ["valid", "val", "validation", "test"])
+def test_rows_to_validate_or_test_on_are_never_trained_on(held, tmp_path):
+    path = jsonl(tmp_path / f"{held}.jsonl", row("one"))
+    for name in ("", "*.jsonl", "**/*.jsonl"):
+        with pytest.raises(DataError, match=rf"{held}\.jsonl .*train\.jsonl"):
+            load_rows(str(tmp_path / name))
+    jsonl(tmp_path / "other.jsonl", row("two"))
+    with pytest.raises(DataError, match=rf"{held}\.jsonl .*train\.jsonl"):
+        load_rows(str(tmp_path))
+    assert queries(load_rows(str(path)).train) == ["one"]  # a file that is named is read
+
+
+def test_two_files_to_validate_on_are_an_error(tmp_path):
+    for name in ("train", "valid", "val"):
+        jsonl(tmp_path / f"{name}.jsonl", row(name))
+    with pytest.raises(DataError, match=r"valid\.jsonl and val\.jsonl"):
+        load_rows(str(tmp_path))
+
+
+def test_one_query_in_several_spellings_is_one_query(tmp_path):
+    same = ("café menu", "cafe\u0301 menu", "CAFÉ\u200b menu", "caf\u00ade\u0301 \ufeffmenu")
+    joined = ("می‌خواهم", "میخواهم")  # with and without the joiner: two words
+    path = jsonl(tmp_path / "rows.jsonl", *map(row, same + joined))
+    assert queries(load_rows(str(path)).train) == [same[0], *joined]
+    assert normal_query("auth\u200dconfig") == normal_query("authconfig")
 
 
 def test_max_samples_is_deterministic_and_keeps_the_validation_rows(rows):

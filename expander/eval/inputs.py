@@ -7,12 +7,14 @@ from expander.eval.measure import Expansion, Queries, References
 from expander.prompt import render_lines
 from expander.queries import (
     EVALUATION_QUERIES,
+    checked_query,
     normal_query,
     query_digest,
     read_queries,
     read_query_digests,
+    visible_text,
 )
-from expander.rows import Example, file_rows, load_rows
+from expander.rows import Example, file_rows, load_rows, one_line
 
 
 def read_golden(path: Path) -> dict[str, Example]:
@@ -41,31 +43,47 @@ def find_references(golden: dict[str, Example], queries: Queries) -> References:
     return {query: example.lines for query, example in found.items() if example}
 
 
+def _expansion_text(value: object) -> str | None:
+    """An expansion given as text or as [type, text] pairs; None if it is neither."""
+    if not isinstance(value, list):
+        return value if isinstance(value, str) else None
+    pairs = [pair for pair in value if isinstance(pair, list) and len(pair) == 2]
+    if len(pairs) < len(value) or not all(isinstance(x, str) for pair in pairs for x in pair):
+        return None
+    return render_lines([(kind, one_line(text)) for kind, text in pairs])
+
+
 def read_expansions(path: Path, limit: int | None) -> tuple[Queries, list[list[Expansion]]]:
     """The first `limit` queries of a JSON Lines file and the expansions of each.
 
-    Rows with the same query are its samples.
+    Rows with the same query are its samples; the same visible text is the same query.
 
     Raises:
         ValueError: the file has no rows, or an invalid one, named as "path:line: reason".
     """
+    queries: dict[str, tuple[str, str | None]] = {}
     expansions: dict[str, list[Expansion]] = {}
-    categories: dict[str, str | None] = {}
     for place, row in file_rows(path):
         if isinstance(row, ValueError):
             raise ValueError(f"{place}: {row}")
         fields = row if isinstance(row, dict) else {}
-        query, text = fields.get("query"), fields.get("expansion", fields.get("output"))
-        if isinstance(text, list) and all(isinstance(x, list) and len(x) == 2 for x in text):
-            text = render_lines(text)
-        if not isinstance(query, str) or not query.strip() or not isinstance(text, str):
-            raise ValueError(f'{place}: expected {{"query": text, "expansion": text}}')
+        query = fields.get("query")
+        text = _expansion_text(fields.get("expansion", fields.get("output")))
+        if not isinstance(query, str) or text is None:
+            raise ValueError(
+                f'{place}: expected {{"query": text, "expansion": text or [[type, text], ...]}}'
+            )
+        try:
+            query = checked_query(query)
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}") from None
         category = fields.get("category")
-        categories.setdefault(query.strip(), category if isinstance(category, str) else None)
-        expansions.setdefault(query.strip(), []).append(Expansion(text))
+        name = visible_text(query)
+        queries.setdefault(name, (query, category if isinstance(category, str) else None))
+        expansions.setdefault(name, []).append(Expansion(text))
     if not expansions:
         raise ValueError(f"--score-only {path}: the file has no rows")
-    return list(categories.items())[:limit], list(expansions.values())[:limit]
+    return list(queries.values())[:limit], list(expansions.values())[:limit]
 
 
 def mark_leaks(results: Sequence[dict], adapters: Sequence[Path]) -> dict[str, list[str]]:

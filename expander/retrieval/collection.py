@@ -14,7 +14,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from expander.qmd import JS_WHITESPACE
-from expander.rows import SURROGATE, DataError, file_rows, hub_rows
+from expander.queries import SURROGATE
+from expander.rows import DataError, file_rows, hub_rows
 
 LAYOUTS = (
     "corpus.jsonl, queries.jsonl and qrels/test.tsv (BEIR); docs.jsonl, queries.jsonl and "
