@@ -39,7 +39,7 @@ evaluate() { # name model
     if [ ! "$demo/$1.json" -nt "$2" ]; then
         step "evaluating $1"
         "$python" eval.py --model "$2" --queries $demo/queries.txt --max-new-tokens 120 \
-            -o "$demo/$1.json" >"$demo/$1.txt"
+            --retrieval --max-queries 45 -o "$demo/$1.json" >"$demo/$1.txt"
     fi
 }
 evaluate base $base

@@ -26,8 +26,15 @@ import yaml
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the project's root
 
 from expander import cli
-from expander.eval.comparison import compare, format_difference, read_results, side_by_side
-from expander.eval.report import format_sample
+from expander.eval.comparison import (
+    compare,
+    compare_retrieval,
+    format_difference,
+    format_retrieval_difference,
+    read_results,
+    side_by_side,
+)
+from expander.eval.report import format_retrieval, format_sample
 from expander.files import atomic_write, digest, write_text
 from expander.rows import file_rows
 from expander.text import printable
@@ -306,6 +313,15 @@ def evaluation_plots(sides: Sequence[Sequence[dict]], summaries: Sequence[dict])
     ]
 
 
+def draw_gains(found: Sequence[dict], axes) -> None:
+    for result, label, colour in zip(found, SIDES, (GREY, BLUE), strict=True):
+        gains = sorted(row["expanded"] - row["bare"] for row in result["per_query"])
+        axes.plot(range(1, len(gains) + 1), gains, color=colour, label=label)
+    axes.axhline(0, color=GREY, linewidth=0.8, linestyle=":")
+    axes.set_xlabel("queries, from the largest loss to the largest gain")
+    axes.set_ylabel("change in nDCG@10")
+
+
 # The page
 
 
@@ -404,6 +420,32 @@ def evaluation_figures(summaries: Sequence[dict]) -> str:
     )
 
 
+def retrieval_section(records: Sequence[dict], folder: Path) -> str:
+    """HTML of the collections that both evaluations have searched; empty if there are none."""
+    both = [record.get("retrieval") or {} for record in records]
+    names = [name for name in both[0] if name in both[1]]
+    if not names:
+        return ""
+    tables = "".join(
+        f"<h4>{text(side)}</h4><pre>{text(format_retrieval({n: found[n] for n in names}))}</pre>"
+        for side, found in zip(SIDES, both, strict=True)
+    )
+    verdicts = "\n".join(format_retrieval_difference(compare_retrieval(*records, seed=0)))
+    plots = [
+        Plot(
+            f"gain-{number}",
+            f"Gain on {printable(name)}",
+            "Change in nDCG@10 by the expansions over the bare query, per query.",
+            partial(draw_gains, [found[name] for found in both]),
+        )
+        for number, name in enumerate(names, 1)
+    ]
+    return (
+        f"<section><h2>Does a search find more?</h2><pre>{text(verdicts)}</pre>"
+        f"{figures(plots, folder)}{tables}</section>"
+    )
+
+
 def evaluation_section(paths: tuple[Path, Path], folder: Path) -> str:
     records = tuple(map(read_results, paths))
     result = compare(*records, seed=records[1].get("seed", 0))
@@ -455,7 +497,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sections = [run_section(each, folder) for each in runs]
     if arguments.before:
-        sections.insert(0, evaluation_section((arguments.before, arguments.after), folder))
+        paths = (arguments.before, arguments.after)
+        sections.insert(0, evaluation_section(paths, folder))
+        sections.insert(0, retrieval_section([read_results(path) for path in paths], folder))
     title = text(f"Training report: {arguments.run}")
     template = string.Template(TEMPLATE.read_text(encoding="utf-8"))
     page = template.substitute(title=title, body="\n".join([f"<h1>{title}</h1>", *sections]))

@@ -3,6 +3,7 @@
 import base64
 import json
 import sys
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -216,3 +217,32 @@ def test_wrong_arguments_and_a_missing_matplotlib(tmp_path, monkeypatch, run):
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     with pytest.raises(ValueError, match=r"^the plots need matplotlib: pip install matplotlib$"):
         page.main()
+
+
+def test_the_gain_of_the_search_is_plotted_per_query(tmp_path):
+    rows = [
+        {"id": f"q{n}", "bare": 0.5, "expanded": value} for n, value in enumerate((0.7, 0.4, 0.5))
+    ]
+    found = {"per_query": rows}
+    plot = page.Plot("gain", "Gain", "", partial(page.draw_gains, [found, found]))
+    curve = lines(plot)["B, after"]
+    assert curve == ([1, 2, 3], pytest.approx([-0.1, 0.0, 0.2]))
+
+
+def test_collections_of_both_evaluations_are_shown(tmp_path):
+    def record(gain: float, *names: str) -> dict:
+        change = {"mean": gain, "interval": [gain, gain]}
+        found = {
+            "embedder": "wordllama",
+            "queries": {"measured": 2},
+            "bare": {"ndcg@10": 0.5},
+            "baseline": {"ndcg@10": 0.5},
+            "expanded": {"ndcg@10": 0.5 + gain, "gain": {"ndcg@10": change}},
+            "per_query": [{"id": f"q{n}", "bare": 0.5, "expanded": 0.5 + gain} for n in (1, 2)],
+        }
+        return {"retrieval": dict.fromkeys(names, found)}
+
+    html = page.retrieval_section([record(0.1, "vault", "a"), record(0.2, "b", "vault")], tmp_path)
+    assert "vault: nDCG@10 +0.100" in html and "B finds more" in html and "0.700" in html
+    assert [path.name for path in tmp_path.glob("*.png")] == ["gain-1.png"]
+    assert page.retrieval_section([record(0.1, "a"), {"retrieval": None}], tmp_path) == ""

@@ -34,7 +34,7 @@ def prepare(sources: Sequence[str], embedder_name: str, limit: int | None = None
     Args:
         sources: see `read_collection`.
         embedder_name: see `read_embedder`.
-        limit: maximum number of queries per collection.
+        limit: maximum number of queries per collection, evenly spaced.
 
     Raises:
         ValueError: a collection or the embedder cannot be used, or two collections have one name.
@@ -56,7 +56,9 @@ def prepare(sources: Sequence[str], embedder_name: str, limit: int | None = None
             for query, text in collection.queries.items()
             if query in collection.qrels and not searcher.skips_expansion(text)
         ]
-        tasks.append(Task(collection, searcher, tuple(chosen[:limit])))
+        if limit and limit < len(chosen):
+            chosen = [chosen[i * len(chosen) // limit] for i in range(limit)]
+        tasks.append(Task(collection, searcher, tuple(chosen)))
     return tasks
 
 
