@@ -226,7 +226,7 @@ def test_the_gain_of_the_search_is_plotted_per_query(tmp_path):
     found = {"per_query": rows}
     plot = page.Plot("gain", "Gain", "", partial(page.draw_gains, [found, found]))
     curve = lines(plot)["B, after"]
-    assert curve == ([1, 2, 3], pytest.approx([-0.1, 0.0, 0.2]))
+    assert curve[0] == [1, 2, 3] and curve[1] == pytest.approx([-0.1, 0.0, 0.2])
 
 
 def test_collections_of_both_evaluations_are_shown(tmp_path):
