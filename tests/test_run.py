@@ -347,14 +347,14 @@ def test_a_checkpoint_is_due_by_steps_or_by_minutes(config, tiny_qwen3):
 def test_steps_that_are_not_finite_are_skipped_and_too_many_in_a_row_stop(
     config, tiny_qwen3, capsys
 ):
-    config.training.max_skipped_steps = 2
+    config.training.max_skipped_steps, config.training.save_steps = 2, 4
     model, optimizer = trained(tiny_qwen3)
     with Run(config, "sft", 10, resume=False, overwrite=False) as run:
         for loss in (1.0, math.nan, 1.0, math.inf):
             run.begin_step()
             finish(run, model, optimizer, loss=loss)
         run.begin_step()
-        with pytest.raises(ValueError, match=r"step 5, for 2 steps in a row .*rows\.jsonl:1"):
+        with pytest.raises(ValueError, match=r"step 5, for 2 steps.*step 4;.*rows\.jsonl:1"):
             finish(run, model, optimizer, loss=math.nan)
     assert run.progress.skipped == 3
     warnings = capsys.readouterr().err.splitlines()

