@@ -62,6 +62,7 @@ def main() -> None:
     parser.add_argument("--rows", default="data/*.jsonl", help="a file, a folder or a glob")
     parser.add_argument("--checkout", nargs="+", required=True, metavar="NAME=DIR")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("-o", "--output", type=Path, required=True, help="CSV file")
     parser.add_argument("--plot", type=Path, help="PNG file (needs matplotlib)")
     arguments = parser.parse_args()
@@ -76,6 +77,7 @@ def main() -> None:
                 "dataset.eval_split=0",
                 f"training.max_steps={arguments.steps}",
                 "training.gradient_accumulation_steps=1",
+                *arguments.set,
             ]
             curves[name] = measure(Path(folder), settings)
         with arguments.output.open("w", encoding="utf-8", newline="") as stream:
