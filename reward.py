@@ -469,21 +469,28 @@ def main() -> None:
     parser.add_argument("--query", help="the original query, including any /only: suffix")
     parser.add_argument("file", nargs="?", help="UTF-8 file with the expansion, or - for stdin")
     args = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # for a terminal that is not UTF-8
     if (args.query is None) != (args.file is None):
         parser.error("--query needs a file and a file needs --query; omit both for the self-test")
+    if args.query is not None and not (args.query.strip() and args.file):
+        parser.error("--query or the file name is empty")
     if args.query is None:
         differences = self_test()
         print(f"self-test: {len(SELF_TEST)} cases, {len(differences)} figures differ")
         sys.exit("\n".join(differences) or None)
     try:
         data = sys.stdin.buffer.read() if args.file == "-" else Path(args.file).read_bytes()
-        result = score_expansion_detailed(args.query, data.decode())
+        result = score_expansion_detailed(args.query, data.decode("utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:
         parser.error(f"cannot read the expansion: {error}")
-    for key in SELF_TEST_KEYS:
-        print(f"{key:13}{result[key]}")
-    for deduction in result["deductions"]:
-        print(f"- {deduction}")
+    lines = [f"{key:13}{result[key]}" for key in SELF_TEST_KEYS]
+    lines += [f"- {deduction}" for deduction in result["deductions"]]
+    try:
+        print("\n".join(lines), flush=True)
+    except OSError as error:
+        sys.stdout = None  # Python would try again at its end
+        broken_pipe = isinstance(error, BrokenPipeError)
+        sys.exit(141 if broken_pipe else f"cannot print the score: {error.strerror}")
 
 
 if __name__ == "__main__":

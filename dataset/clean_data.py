@@ -187,17 +187,20 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def print_diff(before: Sequence[Line], after: Sequence[Line]) -> None:
-    for mark, lines, others in (("-", before, after), ("+", after, before)):
-        for line in lines:
-            if line not in others:
-                print(f"{mark} {printable(render_lines([line]))}")
+def diff(before: Sequence[Line], after: Sequence[Line]) -> list[str]:
+    return [
+        f"{mark} {printable(render_lines([line]))}"
+        for mark, lines, others in (("-", before, after), ("+", after, before))
+        for line in lines
+        if line not in others
+    ]
 
 
 class Cleaning:
-    """The rows read so far: their queries, and the faults by name."""
+    """The rows read so far: their queries, the faults by name, and the lines of the report."""
 
     def __init__(self):
+        self.report: list[str] = []
         self.queries: set[str] = set()
         self.repaired: Counter[str] = Counter()
         self.remaining: Counter[str] = Counter()
@@ -208,7 +211,7 @@ class Cleaning:
         name = normal_query(example.query)
         if name in self.queries:
             self.repaired["query of an earlier row"] += 1
-            print(printable(f"{location}: query of an earlier row: {example.query}"))
+            self.report.append(printable(f"{location}: query of an earlier row: {example.query}"))
             return None
         self.queries.add(name)
         lines, repairs = repair(example)
@@ -217,14 +220,14 @@ class Cleaning:
         self.remaining.update(faults)
         if repairs or faults:
             found = ", ".join([*repairs, *(f"{fault} (not repaired)" for fault in faults)])
-            print(printable(f"{location}: {found}: {example.query}"))
+            self.report.append(printable(f"{location}: {found}: {example.query}"))
         if not repairs:
             return row
-        print_diff(example.lines, lines)
+        self.report += diff(example.lines, lines)
         others = {key: value for key, value in row.items() if key not in REPLACED}
         return others | {"query": example.query, "output": lines}
 
-    def summary(self, fixed: bool) -> str:
+    def format(self, fixed: bool) -> str:
         headings = {"repaired" if fixed else "to repair": self.repaired}
         headings["not repaired"] = self.remaining
         lines = [
@@ -232,7 +235,8 @@ class Cleaning:
             for heading, counts in headings.items()
             for name, count in counts.most_common()
         ]
-        return "\n".join([*lines, f"{len(self.queries)} rows with different queries"])
+        lines.append(f"{len(self.queries)} rows with different queries")
+        return "\n".join([*self.report, *lines])
 
 
 def main() -> int:
@@ -243,12 +247,12 @@ def main() -> int:
     for path in find_files(args.data):
         cleaned = (cleaning.clean(location, row) for location, row in file_rows(path))
         files[path] = [row for row in cleaned if row is not None]
-    if args.output:
+    if args.output:  # before anything is printed, which may fail
         write_rows(args.output, chain.from_iterable(files.values()))
     elif args.in_place:
         for path, rows in files.items():
             write_rows(path, rows)
-    print(cleaning.summary(fixed=args.fix))
+    print(cleaning.format(fixed=args.fix))
     return int(bool(cleaning.remaining) or (bool(cleaning.repaired) and not args.fix))
 
 

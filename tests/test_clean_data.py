@@ -129,6 +129,40 @@ def test_fix_writes_a_new_file_or_in_place(in_place, script, tmp_path):
     assert script("clean_data", made)[0] == 0
 
 
+def test_links_and_modes_stay_in_place(script, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path, link = faulty(tmp_path / "rows.jsonl"), tmp_path / "a link.jsonl"
+    link.symlink_to("rows.jsonl")
+    path.chmod(0o600)
+    # The link and its file are one file: its rows are not those of an earlier row.
+    assert script("clean_data", "*.jsonl", link, path, "--fix", "--in-place")[0] == 0
+    assert link.is_symlink() and path.stat().st_mode & 0o777 == 0o600
+    assert len(path.read_text().splitlines()) == 2
+    assert script("clean_data", path)[0] == 0
+
+
+def test_repairs_are_written_even_if_they_cannot_be_printed(script, tmp_path, monkeypatch):
+    path = faulty(tmp_path / "rows.jsonl")
+
+    def broken(*args, **options):
+        raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", broken)
+    with pytest.raises(BrokenPipeError):
+        script("clean_data", path, "--fix", "--in-place")
+    monkeypatch.undo()
+    assert len(path.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("name", [".hidden.jsonl", "._rows.jsonl"])
+def test_hidden_files_of_a_folder_are_not_touched(name, script, tmp_path):
+    faulty(tmp_path / "rows.jsonl")
+    hidden = faulty(tmp_path / name)
+    before = hidden.read_bytes()
+    assert script("clean_data", tmp_path, "--fix", "--in-place")[0] == 0
+    assert hidden.read_bytes() == before
+
+
 @pytest.mark.parametrize("options", [["--fix"], ["-o", "x"], ["--in-place"]])
 def test_fix_needs_a_place_to_write(options, script, rows):
     with pytest.raises(SystemExit):

@@ -623,9 +623,19 @@ def test_command_scores_a_file(run, tmp_path):
     assert '- lex line repeats the query: "auth config"\n' in done.stdout
 
 
+def test_command_reads_any_utf8_and_prints_on_any_terminal(run, tmp_path):
+    file = tmp_path / "expansion.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + f"lex: café menu\r\n{VEC}\r\n".encode())
+    done = run(["reward.py", "--query", "tea", file], env={"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0 and done.stderr == ""
+    assert re.search(r"^format +30$", done.stdout, re.MULTILINE) and "caf\\xe9" in done.stdout
+
+
 def test_command_rejects_wrong_arguments(run, tmp_path):
     for args, message in (
         (["--query", QUERY], "--query needs a file"),
+        (["--query", " ", tmp_path / "none"], "--query or the file name is empty"),
+        (["--query", QUERY, ""], "--query or the file name is empty"),
         (["--query", QUERY, tmp_path / "none"], "cannot read the expansion"),
     ):
         done = run(["reward.py", *args])
