@@ -100,9 +100,11 @@ def test_no_common_query():
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"{", "not a JSON file"),
-        (b"\xff", "not a JSON file"),
-        (b"[1]", "not a results file"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"[1]", "expected a JSON object"),
+        (b'{"schema": true}', "its schema is True"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         (b'{"average": 92.0}', "not a results file"),
         (b'{"schema": 99, "results": []}', "its schema is 99, this version reads 1"),
         (b'{"schema": 1, "results": [{"query": "a"}]}', "incomplete"),
@@ -115,6 +117,41 @@ def test_a_file_that_is_no_results_file(content, message, tmp_path):
     with pytest.raises(ValueError, match=message) as caught:
         read_results(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ('"percentage": 50.0', '"percentage": NaN', "NaN is not a finite number"),
+        ('"percentage": 50.0', '"percentage": 1e999', "1e999 is not a finite number"),
+        ('"percentage": 50.0', '"percentage": 5000', "results[0].percentage is 5000"),
+        ('"percentage": 50.0', '"percentage": "50"', "results[0].percentage is '50'"),
+        ('"percentage": 50.0', '"percentage": true', "results[0].percentage is True"),
+        ('"trained_on": false', '"trained_on": 0', "results[0].trained_on is 0"),
+        ('"kept": 1', '"kept": 1' + 400 * "0", "results[0].samples[0].kept is out of range"),
+        ('"vec": 0', '"vec": null', "results[0].samples[0].lines.vec is None"),
+        ('"format": 20', '"formal": 20', "results[0].samples[0].score.format is missing"),
+        ('"samples": [', '"samples": [], "others": [', "results[0].samples is not a list of at"),
+        ('"query": "one"', '"query": null', "results[0].query is None"),
+        ('"query": "two"', '"query": "one\\u200b"', "a query is in it twice"),
+        ('"model": {"name": "outputs/sft"}', '"model": []', "model is []"),
+        ('"decode"', '"retrieval": [1], "decode"', "retrieval is not an object"),
+        ('"decode"', '"retrieval": {"vault": {}}, "decode"', "retrieval.vault.embedder is missing"),
+    ],
+)
+def test_a_damaged_results_file_is_an_error_that_names_the_value(old, new, fault, tmp_path):
+    path = tmp_path / "results.json"
+    text = json.dumps(record({"one": 50.0, "two": 60.0}))
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+    with pytest.raises(ValueError) as caught:
+        read_results(path)
+    assert f"{path}: " in str(caught.value) and fault in str(caught.value)
+
+
+def test_queries_are_paired_by_their_visible_text():
+    a, b = record({"caf\u00e9": 50.0}), record({"cafe\u0301\u200b": 60.0})
+    assert compare(a, b, seed=0)["difference"] == 10.0
 
 
 def test_a_missing_file(tmp_path):

@@ -667,6 +667,26 @@ def test_a_folder_that_is_not_empty_is_left_alone(chain, export, tmp_path):
     assert [path.name for path in (tmp_path / "mlx").iterdir()] == ["model.safetensors"]
 
 
+def test_a_folder_that_only_a_file_browser_has_seen_counts_as_empty(tmp_path):
+    folder, link = tmp_path / "mlx", tmp_path / "link"
+    folder.mkdir()
+    link.symlink_to(folder)
+    for name in (".DS_Store", "._a"):
+        (folder / name).write_text("theirs")
+    with formats.new_folder(link) as made:
+        (made / "config.json").write_text("ours")
+    assert link.is_symlink() and (folder / ".DS_Store").read_text() == "theirs"
+    assert sorted(x.name for x in folder.iterdir()) == [".DS_Store", "._a", "config.json"]
+    with pytest.raises(ValueError, match="is not empty"), formats.new_folder(folder):
+        pass
+    with (
+        pytest.raises(ValueError, match="is not a folder"),
+        formats.new_folder(folder / "config.json"),
+    ):
+        pass
+    assert (folder / "config.json").read_text() == "ours"
+
+
 @pytest.mark.parametrize(("part", "rank"), [("sft", 4), (".", 6)])
 def test_peft_adapter(chain, export, tmp_path, part, rank):
     """W + lora_alpha / r · B A equals the fused weight; two adapters become one of the summed rank."""

@@ -4,6 +4,7 @@ Each writes under a temporary name first, so a failed export leaves nothing behi
 """
 
 import math
+import os
 import shutil
 import tempfile
 import time
@@ -21,6 +22,8 @@ from expander.convert.weights import FusedWeights, take_adapters
 from expander.files import atomic_write, save_arrays, write_json, write_text
 from expander.model import Chain, load_base, load_tokenizer, model_config
 
+# Files that file browsers leave in folders they have shown, and ._NAME for NAME's attributes.
+FINDER_FILES = (".DS_Store", ".localized", "Icon\r", "Thumbs.db", "desktop.ini")
 SHARD = 500 << 20  # maximum bytes of weights per file, except for a larger tensor
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -93,13 +96,19 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Raises:
         ValueError: `folder` is not empty; another model's files would be loaded with the new ones.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    folder = Path(os.path.realpath(folder))  # a link to a folder stays a link
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} already exists and is not a folder; choose another")
+    kept = sorted(folder.iterdir()) if folder.is_dir() else []
+    if not all(path.name in FINDER_FILES or path.name.startswith("._") for path in kept):
         raise ValueError(f"{folder} already exists and is not empty; choose another or delete it")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as temporary:
         made = Path(temporary) / folder.name
         made.mkdir()
         yield made
+        for path in kept:  # a folder takes the name only of an empty one
+            path.replace(made / path.name)
         made.replace(folder)
 
 

@@ -1,18 +1,79 @@
 """Compare two result files of eval.py, query by query."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from expander.eval.measure import FLAGS, summarize
+from expander.eval.measure import COUNTED_LINES, FLAGS, summarize
+from expander.files import read_json
+from expander.queries import visible_text
 from expander.statistics import CONFIDENCE, bootstrap, mean
 from expander.text import printable, table
+from reward import PARTS
 
 SCHEMA = 1
 # The embedded collection, by whose figures a model may be published.
 GATE = "vault"
 CHANGES_SHOWN = 10
-RESULT_KEYS = {"query", "category", "trained_on", "percentage", "samples"}
+NUMBER = (int, float)
+# What is read of a results file: the types of its values, and of each value in a list.
+SHAPE = {
+    "model": (dict, type(None)),
+    "decode": (dict,),
+    "results": [
+        {
+            "query": (str,),
+            "category": (str, type(None)),
+            "trained_on": (bool,),
+            "percentage": NUMBER,
+            "samples": [
+                {"text": (str,), "kept": NUMBER}
+                | dict.fromkeys(FLAGS, (bool,))
+                | {
+                    "lines": dict.fromkeys(COUNTED_LINES, NUMBER),
+                    "score": {"rating": (str,), "percentage": NUMBER}
+                    | dict.fromkeys((*PARTS, "total", "max_possible"), NUMBER),
+                }
+            ],
+        }
+    ],
+}
+# Of each collection under "retrieval", which a file of an earlier version does not have.
+RETRIEVAL_SHAPE = {"embedder": (str,), "per_query": [{"id": (str,), "expanded": NUMBER}]}
+
+
+def _faults(value: object, shape: Mapping | list | tuple, place: str) -> Iterator[str]:
+    """Where the value differs from the shape: "results[0].samples is missing"."""
+    if isinstance(shape, tuple):
+        is_switch = isinstance(value, bool) and bool not in shape
+        if is_switch or not isinstance(value, shape):
+            yield f"{place} is {value!r:.40}"
+        elif shape is NUMBER and not abs(value) < 1e9:
+            yield f"{place} is out of range"
+    elif isinstance(shape, list):
+        if not isinstance(value, list) or not value:
+            yield f"{place} is not a list of at least one"
+        else:
+            for index, item in enumerate(value):
+                yield from _faults(item, shape[0], f"{place}[{index}]")
+    elif not isinstance(value, dict):
+        yield f"{place or 'the file'} is not an object"
+    else:
+        for name, inner in shape.items():
+            inside = f"{place}.{name}" if place else name
+            if name not in value:
+                yield f"{inside} is missing"
+            else:
+                yield from _faults(value[name], inner, inside)
+
+
+def _value_faults(record: dict) -> Iterator[str]:
+    """Values of the right type that no evaluation writes."""
+    results = record["results"]
+    for index, result in enumerate(results):
+        if not 0 <= result["percentage"] <= 100:
+            yield f"results[{index}].percentage is {result['percentage']}"
+    if len({visible_text(result["query"]) for result in results}) < len(results):
+        yield "a query is in it twice"
 
 
 def read_results(path: Path) -> dict:
@@ -21,23 +82,25 @@ def read_results(path: Path) -> dict:
     Raises:
         ValueError: it cannot be read, is not a results file, or has another schema version.
     """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    if not isinstance(record, dict) or "schema" not in record:
+    record = read_json(path)
+    if "schema" not in record:
         raise ValueError(f"{path}: not a results file; create one with eval.py -o")
-    if record["schema"] != SCHEMA:
+    if record["schema"] != SCHEMA or isinstance(record["schema"], bool):
         raise ValueError(
-            f"{path}: its schema is {record['schema']!r}, this version reads {SCHEMA}; "
+            f"{path}: its schema is {record['schema']!r:.40}, this version reads {SCHEMA}; "
             "evaluate again with -o"
         )
-    results = record.get("results")
-    complete = isinstance(results, list) and {"model", "decode"} <= record.keys()
-    if not complete or not all(isinstance(x, dict) and x.keys() >= RESULT_KEYS for x in results):
-        raise ValueError(f"{path}: the results are incomplete; evaluate again with -o")
+    retrieval = record.get("retrieval") or {}
+    if not isinstance(retrieval, dict):
+        raise ValueError(
+            f"{path}: the results are incomplete or damaged: retrieval is not an object"
+        )
+    shape = SHAPE | {"retrieval": dict.fromkeys(retrieval, RETRIEVAL_SHAPE)} if retrieval else SHAPE
+    fault = next(_faults(record, shape, ""), None) or next(_value_faults(record), None)
+    if fault:
+        raise ValueError(
+            f"{path}: the results are incomplete or damaged: {fault}; evaluate again with -o"
+        )
     return record
 
 
@@ -51,7 +114,9 @@ def compare(a: dict, b: dict, seed: int) -> dict:
     Raises:
         ValueError: the two have no query in common.
     """
-    sides = [{result["query"]: result for result in record["results"]} for record in (a, b)]
+    sides = [
+        {visible_text(result["query"]): result for result in record["results"]} for record in (a, b)
+    ]
     common = [query for query in sides[0] if query in sides[1]]
     if not common:
         raise ValueError("--compare: the two files have no query in common")
