@@ -1,8 +1,8 @@
 """Export a trained model: python convert.py, then `ollama create` or one line in QMD's config.
 
 Fuses base → SFT → GRPO in float32 and writes GGUF files for llama.cpp, QMD and Ollama, with a
-Modelfile; --push publishes them with their evaluation. Left out: importance matrices, RoPE scaling,
-and architectures that expander/architectures.py does not list.
+Modelfile; --push publishes them with their evaluation. Left out: importance matrices, and
+architectures that expander/architectures.py does not list.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from expander.convert.modelfile import (
     create_command,
     default_name,
     modelfile,
+    ollama_command,
     run_ollama,
 )
 from expander.files import write_text
@@ -110,7 +111,7 @@ def print_next_steps(name: str, gguf: Path, path: Path) -> None:
     print(f"""
 Ollama:
   {create_command(name, path)}
-  {shlex.join(["ollama", "run", name, user_message("auth config")])}
+  {shlex.join([ollama_command() or "ollama", "run", name, user_message("auth config")])}
 
 QMD, in ~/.config/qmd/index.yml:
   models:

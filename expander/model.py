@@ -2,13 +2,12 @@
 
 An adapter folder holds mlx-lm's own adapters.safetensors and adapter_config.json. The latter also
 records the base model or, for GRPO, the subfolder ("parent") with a copy of the SFT adapter below
-it, so the chain base → SFT → GRPO can be read from its last folder.
+it, so the chain base → SFT → GRPO can be read from its last folder (adapter_config.py).
 
 mlx_lm is imported by the functions that load a model: with transformers it takes two seconds, and a
 dry run needs neither.
 """
 
-import json
 import os
 import re
 import shutil
@@ -23,20 +22,26 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
-from expander.architectures import ARCHITECTURES
-from expander.files import atomic_write, digest, save_arrays, write_json
+from expander.adapter_config import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    OTHER_KINDS,
+    base_digests,
+    base_record,
+    find_base,
+    read_adapter_config,
+)
+from expander.base_config import ModelError, check_against_weights, read_base_config
+from expander.files import atomic_write, read_json, save_arrays, write_json
 from expander.prompt import IM_END
 from expander.queries import QUERY_DIGESTS
+from expander.tokenizer_files import find_tokenizer_fault
+from expander.weight_files import digest, equal_tensors, read_header, read_tensors
 
-ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
 # Weights, configuration and tokenizer, but never a repository's Python files.
 DOWNLOADS = ["*.json", "model*.safetensors", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 QUANT_GROUP = 64
-
-
-class ModelError(ValueError):
-    """A model or adapter that cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,20 @@ class Chain:
 
     def scales(self) -> list[float | None]:
         """The LoRA scale of each adapter, which is not in the file that is hashed."""
-        configs = [_read_json(folder / ADAPTER_CONFIG) for folder in self.adapters]
-        return [config.get("lora_parameters", {}).get("scale") for config in configs]
+        configs = [read_adapter_config(folder) for folder in self.adapters]
+        return [config["lora_parameters"]["scale"] for config in configs]
 
     def base_hashes(self) -> dict[str, str]:
         """SHA-256 of a local base's weight files; a revision identifies a base from the Hub."""
-        files = [] if self.revision else sorted(self.path.glob("*.safetensors"))
-        return {path.name: digest(path) for path in files}
+        return {} if self.revision else base_digests(self.path)
+
+    def base_entries(self, folder: Path) -> dict:
+        """The entries about the base in the adapter_config.json of an adapter in `folder`."""
+        entries = {"model": self.base, "revision": self.revision}
+        if self.revision is None:
+            kind = model_config(self.path)["model_type"]
+            entries["base"] = base_record(self.base, self.path, folder, kind)
+        return entries
 
     def describe(self) -> dict:
         """The "model" entry of a results file of eval.py."""
@@ -102,13 +114,16 @@ def compute_dtype() -> mx.Dtype:
 def fetch(name: str, revision: str | None = None, files: Sequence[str] = DOWNLOADS) -> Path:
     """The folder of a base model: `name` itself, or a download of its `files` from the Hub.
 
+    Args:
+        revision: its commit on the Hub; a local folder of the same name is then another model.
+
     Raises:
         ModelError: the folder does not exist, or the download failed.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir():
+    folder, is_id = Path(name).expanduser(), HUB_ID.fullmatch(name)
+    if folder.is_dir() and not (revision and is_id):
         return folder
-    if not HUB_ID.fullmatch(name) or Path(name).parts[0] in ("outputs", "data", "."):
+    if not is_id or Path(name).parts[0] in ("outputs", "data", "."):
         raise ModelError(f"model {name}: no such folder, and not a Hub id (OWNER/NAME)")
     try:
         return Path(
@@ -120,16 +135,6 @@ def fetch(name: str, revision: str | None = None, files: Sequence[str] = DOWNLOA
             f"model {name}: could not download it from the Hub ({type(error).__name__}: {reason}); "
             "to work offline, copy the model's folder to this machine and use its path"
         ) from None
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: expected a JSON object, found {value!r:.60}")
-    return value
 
 
 def trained_model() -> str:
@@ -165,33 +170,83 @@ def read_chain(name: str, files: Sequence[str] = DOWNLOADS) -> Chain:
                 f"model {name}: neither an adapter folder ({ADAPTER_CONFIG}) nor a model folder "
                 "(config.json)"
             )
-        revision = path.name if path.parent.name == "snapshots" else None
-        return Chain(name, name, path, revision)
+        return Chain(name, name, path, _downloaded(path, name))
 
-    adapters = [folder]
-    record = _read_json(folder / ADAPTER_CONFIG)
-    while parent := record.get("parent"):
-        adapters.insert(0, adapters[0] / parent)
-        record = _read_json(adapters[0] / ADAPTER_CONFIG)
-    if "model" not in record:
-        raise ModelError(f"{adapters[0] / ADAPTER_CONFIG}: does not name its base model")
-    base, revision = record["model"], record.get("revision")
-    path = fetch(base, revision, files)
-    return Chain(name, base, path, revision, record.get("quantize_bits"), tuple(adapters))
+    adapters, configs = _read_adapters(folder)
+    config, lowest = configs[0], adapters[0]
+    base, revision = config.get("model"), config.get("revision")
+    if base is None:
+        raise ModelError(f"{lowest / ADAPTER_CONFIG}: does not name its base model")
+    if config.get("base"):
+        path = find_base(config, lowest)
+    elif "revision" in config and revision is None and not Path(base).expanduser().is_dir():
+        # Written before local bases were recorded; a repository of that name would be another model.
+        raise ModelError(
+            f"{lowest}: base {base} was a local folder; not found: run the command where it is, or "
+            f'set "model" in {lowest / ADAPTER_CONFIG} to its path'
+        )
+    else:
+        path = fetch(base, revision, files)
+        revision = revision or _downloaded(path, base)
+    return Chain(name, base, path, revision, config.get("quantize_bits"), tuple(adapters))
+
+
+def _downloaded(path: Path, name: str) -> str | None:
+    """The commit of the model `name` that `fetch` found at `path`; None for a local folder."""
+    local = path == Path(name).expanduser() or path.parent.name != "snapshots"
+    return None if local else path.name
+
+
+def _read_adapters(folder: Path) -> tuple[list[Path], list[dict]]:
+    """The adapter folders from the lowest up to `folder`, and their configurations.
+
+    Raises:
+        ModelError: a configuration is damaged, or an adapter is its own parent.
+    """
+    adapters, configs = [folder], [read_adapter_config(folder)]
+    seen = {folder.resolve()}
+    while parent := configs[0].get("parent"):
+        below = adapters[0] / parent
+        if below.resolve() in seen:
+            raise ModelError(
+                f"{adapters[0] / ADAPTER_CONFIG}: parent {parent!r} leads back to {below.resolve()}; "
+                "it must be the folder of the adapter below"
+            )
+        seen.add(below.resolve())
+        adapters.insert(0, below)
+        configs.insert(0, read_adapter_config(below))
+    return adapters, configs
 
 
 def model_config(path: Path) -> dict:
-    """The config.json in a base model's folder.
+    """The config.json in a base model's folder, in the form of `read_base_config`.
+
+    Every part of the project that needs a base's settings takes them from here.
 
     Raises:
-        ModelError: it cannot be read, or its architecture is not supported.
+        ModelError: it cannot be read or used, its architecture is not supported, or the weight files
+            in the folder are damaged or belong to another configuration.
     """
-    config = _read_json(path / "config.json")
-    if config.get("model_type") not in ARCHITECTURES:
-        raise ModelError(
-            f"{path}: architecture {config.get('model_type')!r} is not supported; "
-            f"supported: {', '.join(ARCHITECTURES)}"
-        )
+    file = path / "config.json"
+    try:
+        config = read_base_config(read_json(file))
+        tensors = read_tensors(path)
+        check_against_weights(config, {name: tensor.shape for name, tensor in tensors.items()})
+        head, embedding = (tensors.get(f"{x}.weight") for x in ("lm_head", "model.embed_tokens"))
+        if tensors and "tie_word_embeddings" not in config:
+            # transformers' default is untied, mlx-lm's is tied: the weights decide.
+            config["tie_word_embeddings"] = head is None
+        tied = config.get("tie_word_embeddings")
+        if tied and head and embedding and not equal_tensors(head, embedding):
+            raise ModelError(
+                f"{file}: tie_word_embeddings is true, but lm_head.weight differs from "
+                "model.embed_tokens.weight; set it to false if the model has a head of its own"
+            )
+    except ModelError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ModelError(text if str(file) in text else f"{file}: {text}") from None
     return config
 
 
@@ -199,17 +254,31 @@ def load_tokenizer(path: Path):
     """mlx-lm's tokenizer of a base model's folder.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: it cannot be loaded, or has ids that the model has no embedding for.
     """
     from mlx_lm.utils import load_tokenizer as load
 
     if not (path / "tokenizer.json").is_file():  # transformers would invent an empty tokenizer
         raise ModelError(f"{path}: no tokenizer.json in this folder")
     try:
-        return load(path)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{path}: the tokenizer cannot be loaded: {reason}") from None
+        tokenizer = load(path)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    except Exception as error:  # whatever transformers and tokenizers raise on a damaged file
+        reason = find_tokenizer_fault(path) or f"{path}: {_first_line(error)}"
+        raise ModelError(f"the tokenizer cannot be loaded: {reason}") from None
+    size = model_config(path)["vocab_size"]
+    if largest >= size:
+        raise ModelError(
+            f"{path}: the tokenizer has ids up to {largest}, but config.json's vocab_size is {size}"
+        )
+    return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    """An error of a library in one line; a KeyError, say, is nothing without its type."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    known = isinstance(error, OSError) or type(error) in (ValueError, RuntimeError)
+    return text if known and text else f"{type(error).__name__}: {text}"
 
 
 def end_token(tokenizer) -> int:
@@ -236,11 +305,11 @@ def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Mod
     """
     from mlx_lm.utils import load_model
 
-    model_config(path)
+    config = model_config(path)
     try:
-        model, _ = load_model(path, lazy=True)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{path}: cannot be loaded: {str(error).splitlines()[0]}") from None
+        model, _ = load_model(path, lazy=True, model_config=config)
+    except Exception as error:  # whatever mlx-lm raises on files that do not fit its classes
+        raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from None
     model.set_dtype(compute_dtype())
     if bits:
         nn.quantize(
@@ -310,15 +379,16 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     """Add the adapter in `folder` to the model as LoRA layers.
 
     Raises:
-        ModelError: the adapter cannot be read, or its tensors differ in name or shape from those
-            that the model needs.
+        ModelError: the adapter cannot be read, is not a LoRA adapter of finite numbers, or its
+            tensors differ in name or shape from those that the model needs.
     """
-    config = _read_json(folder / ADAPTER_CONFIG)
+    config = read_adapter_config(folder)
+    _check_adapter_names(folder, config)
     try:
         weights = mx.load(str(folder / ADAPTER_FILE))
         add_lora(model, config)
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise ModelError(f"{folder}: the adapter cannot be loaded: {error}") from None
+        raise ModelError(f"{folder}: the adapter cannot be loaded: {_first_line(error)}") from None
     needed = adapter_weights(model)
     both = weights.keys() & needed.keys()
     reshaped = {name for name in both if weights[name].shape != needed[name].shape}
@@ -328,7 +398,34 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
             f"{folder}: {len(wrong)} adapter tensors do not fit this base model, first {wrong[0]}; "
             "the adapter was trained on another base"
         )
+    for name, value in weights.items():
+        if not mx.issubdtype(value.dtype, mx.floating) or not mx.isfinite(value).all().item():
+            raise ModelError(
+                f"{folder / ADAPTER_FILE}: {name} has values that are not finite numbers"
+            )
     model.load_weights(list(weights.items()), strict=False)
+
+
+def _check_adapter_names(folder: Path, config: dict) -> None:
+    """Tell a full-weight, DoRA or wrong-rank adapter from one that was trained on another base.
+
+    Raises:
+        ModelError: it is not a LoRA adapter of the rank in its configuration.
+    """
+    path = folder / ADAPTER_FILE
+    tensors = read_header(path)
+    if any(name.endswith(".m") for name in tensors):
+        raise ModelError(f"{path}: {OTHER_KINDS['dora']}")
+    rank = config["lora_parameters"]["rank"]
+    shapes = {name: x.shape for name, x in tensors.items() if name.endswith(".lora_a")}
+    if tensors and not shapes:
+        raise ModelError(f"{path}: {OTHER_KINDS['full']}")
+    for name, shape in shapes.items():
+        if shape and shape[-1] != rank:
+            raise ModelError(
+                f"{folder}: lora_parameters.rank in {ADAPTER_CONFIG} is {rank}, but {name} in "
+                f"{ADAPTER_FILE} has rank {shape[-1]}"
+            )
 
 
 def save_adapter(folder: Path, weights: dict[str, mx.array], config: dict) -> None:
@@ -348,9 +445,11 @@ def copy_adapters(chain: Chain, folder: Path) -> None:
     An adapter trained over the copy stays complete when the original is trained again.
     """
     for source in reversed(chain.adapters):
-        config = _read_json(source / ADAPTER_CONFIG)
+        config = read_adapter_config(source)
         if config.get("parent"):
             config["parent"] = "sft"
+        else:
+            config |= chain.base_entries(folder)
         for name in (ADAPTER_FILE, QUERY_DIGESTS):
             if (source / name).is_file():
                 atomic_write(folder / name, partial(shutil.copyfile, source / name))

@@ -35,7 +35,7 @@ def make_adapter(
         models.copy_adapters(chain, folder / "sft")
         record = {"stage": "grpo", "parent": "sft"}
     else:
-        record = {"stage": "sft", "model": str(below), "revision": None, "quantize_bits": bits}
+        record = {"stage": "sft", "quantize_bits": bits} | chain.base_entries(folder)
     models.save_adapter(folder, weights, config | record)
     return folder
 

@@ -25,8 +25,9 @@ import convert
 from examples import get_smollm2
 from expander import model as models
 from expander.convert import formats, gguf_file, kquants, weights
+from expander.convert import modelfile as modelfile_module
 from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, PROBES, check_tokenizer, read_tokenizer
-from expander.convert.modelfile import modelfile
+from expander.convert.modelfile import modelfile, ollama_command
 from expander.model import read_chain
 from expander.prompt import render_prompt, user_message
 from expander.qmd import SAMPLING
@@ -58,19 +59,8 @@ def llama_chain(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="module")
 def qwen2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The untied tiny Qwen3 with q, k and v biases instead of head norms."""
-    folder = tiny.make_qwen3(tmp_path_factory.mktemp("models") / "qwen2", tied=False)
-    tensors = load_file(folder / "model.safetensors")
-    rng = np.random.default_rng(3)
-    for name in list(tensors):
-        if name.endswith("_norm.weight") and "self_attn" in name:
-            del tensors[name]
-        elif re.search(r"\.[qkv]_proj\.weight$", name):
-            bias = rng.normal(0, 1, tensors[name].shape[0]).astype(np.float32)
-            tensors[name.replace("weight", "bias")] = bias
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    edit_json(folder / "config.json", model_type="qwen2", architectures=["Qwen2ForCausalLM"])
-    return folder
+    """An untied Qwen2, with biases of q, k and v."""
+    return tiny.make_qwen2(tmp_path_factory.mktemp("models") / "qwen2", tied=False)
 
 
 def edit_json(path: Path, **changes: object) -> None:
@@ -464,6 +454,61 @@ def test_a_file_that_fails_verification_is_deleted(chain, export, tmp_path, monk
     assert len(list(tmp_path.iterdir())) == 2
 
 
+# RoPE
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize(
+    ("rope", "keys"),
+    [
+        ({"rope_type": "default"}, {}),
+        ({"type": "linear", "factor": 4.0}, {"type": "linear", "factor": 4.0}),
+        (
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096},
+            {"type": "yarn", "factor": 2.0, "original_context_length": 4096},
+        ),
+        (LLAMA3, {}),
+    ],
+)
+@pytest.mark.parametrize("form", ["rope_scaling", "rope_parameters"])
+def test_scaled_rope_is_the_same_in_every_export(tiny_llama, export, tmp_path, rope, keys, form):
+    from mlx_lm import load
+    from transformers import AutoConfig
+
+    base = copy_of(tiny_llama, tmp_path / "base")
+    theta = {"rope_theta": 20000.0}
+    if form == "rope_parameters":
+        tiny.configure(base, "rope_theta", "rope_scaling", rope_parameters=rope | theta)
+    else:
+        tiny.configure(base, rope_scaling=rope, **theta)
+    export("--model", base, "--output", tmp_path, "--quantize", "f32", "--name", "tiny")
+    fields, tensors, _ = read(tmp_path / "tiny-f32.gguf")
+    assert fields["llama.rope.freq_base"] == 20000
+    start = "llama.rope.scaling."
+    assert {k.removeprefix(start): v for k, v in fields.items() if k.startswith(start)} == keys
+
+    model = models.load_base(base)
+    assert ("rope_freqs.weight" in tensors) == (rope is LLAMA3)
+    if rope is LLAMA3:
+        ours = tensors["rope_freqs.weight"] * 20000.0 ** (np.arange(0, 16, 2) / 16)
+        assert np.allclose(ours, np.array(model.layers[0].self_attn.rope._freqs), rtol=1e-5)
+        assert tensors["rope_freqs.weight"][0] == 1 and tensors["rope_freqs.weight"][-1] == 8
+
+    export("--model", base, "--mlx", tmp_path / "mlx")
+    theirs, _ = load(str(tmp_path / "mlx"))
+    assert mx.allclose(theirs(TOKENS), model(TOKENS), atol=1e-4).item()
+    config = AutoConfig.from_pretrained(tmp_path / "mlx").rope_parameters
+    assert config["rope_theta"] == 20000
+    assert config["rope_type"] == rope.get("rope_type", rope.get("type"))
+
+
 # Errors: one line each, and no file is left behind
 
 
@@ -472,9 +517,7 @@ def break_architecture(base: Path) -> None:
 
 
 def break_rope(base: Path) -> None:
-    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    scaling |= {"rope_type": "llama3", "original_max_position_embeddings": 2048}
-    edit_json(base / "config.json", rope_scaling=scaling)
+    edit_json(base / "config.json", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
 
 
 def break_tokenizer(base: Path) -> None:
@@ -482,6 +525,10 @@ def break_tokenizer(base: Path) -> None:
 
 
 def break_vocabulary(base: Path) -> None:
+    """Fewer embeddings than the tokenizer has ids."""
+    tensors = load_file(base / "model.safetensors")
+    name = "model.embed_tokens.weight"
+    save_file(tensors | {name: tensors[name][:100]}, base / "model.safetensors")
     edit_json(base / "config.json", vocab_size=100)
 
 
@@ -500,11 +547,11 @@ def break_weights(base: Path) -> None:
     ("damage", "message"),
     [
         (break_architecture, r"'gemma3' is not supported; supported: qwen3, qwen2, llama"),
-        (break_rope, r"config\.json: RoPE scaling"),
+        (break_rope, r"config\.json: rope_scaling\.rope_type 'dynamic' is not supported"),
         (break_tokenizer, r"tokenizer\.json"),
         (break_vocabulary, r"tokens, but config\.json's vocab_size is 100"),
         (break_values, r"model\.layers\.0\.mlp\.up_proj\.weight: .*found nan"),
-        (break_weights, r"cannot be loaded|cannot be read"),
+        (break_weights, r"model\.safetensors: .* bytes, but its header describes"),
     ],
 )
 def test_bases_that_cannot_be_exported(tiny_llama, export, tmp_path, damage, message):
@@ -520,9 +567,9 @@ def test_an_adapter_of_another_base(chain, tiny_llama, export, tmp_path):
     adapter = copy_of(chain / "sft", tmp_path / "sft")
     other = tiny.make_qwen3(tmp_path / "other", hidden=96)
     edit_json(adapter / "adapter_config.json", model=str(other))
-    with pytest.raises(ValueError, match="do not fit this base model"):
+    with pytest.raises(ValueError, match=r"other is not the base model that .*sft was trained on"):
         export("--model", adapter, "--output", tmp_path / "gguf")
-    assert list((tmp_path / "gguf").iterdir()) == []
+    assert not (tmp_path / "gguf").exists()
 
 
 def test_an_adapter_tensor_that_fusing_would_ignore(chain, export, tmp_path):
@@ -630,7 +677,25 @@ def test_ollama_fails(chain, export, tmp_path, ollama):
         )
 
 
+def test_the_command_inside_ollama_app_is_found(
+    chain, export, tmp_path, ollama, monkeypatch, capsys
+):
+    app = tmp_path / "My Apps" / "Ollama.app" / "Contents" / "Resources"
+    app.parent.mkdir(parents=True)
+    (ollama / "code").write_text("0")
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.setattr(modelfile_module, "APPLICATIONS", (str(tmp_path / "My Apps"),))
+    assert ollama_command() is None
+    shutil.copytree(ollama, app)
+    assert ollama_command() == f"{app}/ollama"
+    output = tmp_path / "gguf"
+    export("--model", chain, "--output", output, "--quantize", "f16", "--ollama", "expand")
+    assert (ollama / "arguments").read_text() == f"create expand -f {output}/Modelfile\n"
+    assert f"'{app}/ollama' run expand" in capsys.readouterr().out
+
+
 def test_no_ollama(chain, export, tmp_path, monkeypatch):
+    monkeypatch.setattr(modelfile_module, "APPLICATIONS", ())
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="ollama not found"):
         export("--model", chain, "--output", tmp_path / "gguf", "--ollama", "a")

@@ -79,6 +79,17 @@ def mlx(model, ids: list[int]) -> list[int]:
     return found
 
 
+def surprise(model, ids: list[list[int]], answers: list[list[int]]) -> float:
+    """How far below MLX's best logit llama.cpp's choices are, at most, in standard deviations."""
+    worst = 0.0
+    for prompt, answer in zip(ids, answers, strict=True):
+        logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]  # (T, V)
+        chosen = mx.take_along_axis(logits, mx.array(answer)[:, None], axis=-1)[:, 0]
+        gaps = (logits.max(axis=-1) - chosen) / mx.std(logits, axis=-1)
+        worst = max(worst, gaps.max().item())
+    return worst
+
+
 # "tied" has the 151,936 rows of Qwen3's vocabulary. The seeds are chosen so that in float32, for each
 # of the 48 tokens, the two largest logits differ by 0.7 % of the logits' range or more, ten times the
 # rounding of F16.
@@ -109,6 +120,57 @@ def exported(request, loaded_once, tmp_path_factory) -> tuple[Path, dict, list[l
     paths = export(folder, root / "gguf", "f16")
     (found,) = llama_cpp(paths, ids, root, user_message("auth config"))
     return folder, found, ids
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 16}
+LLAMA3 |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LINEAR = {"type": "linear", "factor": 4.0}
+PLAIN = {"rope_type": "default", "rope_theta": 500.0}
+
+# What a config.json may hold, and what would be trained if it was overlooked:
+# architecture -> name -> (keys that are missing, keys that are changed, keys of the misread model).
+VARIANTS = {
+    "llama": {
+        "rope_parameters": (["rope_theta"], {"rope_parameters": PLAIN}, {"rope_theta": 10000}),
+        "linear": ([], {"rope_scaling": LINEAR}, {"rope_scaling": None}),
+        "yarn": ([], {"rope_scaling": YARN}, {"rope_scaling": None}),
+        "llama3": ([], {"rope_parameters": LLAMA3}, {"rope_parameters": None}),
+        "untied": (["tie_word_embeddings"], {}, {"tie_word_embeddings": True}),
+        "biases": ([], {}, {}),
+    },
+    "qwen2": {
+        "rope_parameters": (["rope_theta"], {"rope_parameters": PLAIN}, {"rope_theta": 1000000}),
+        "linear": ([], {"rope_parameters": LINEAR}, {"rope_parameters": None}),
+        "yarn": ([], {"rope_scaling": YARN}, {"rope_scaling": None}),
+        "untied": (["tie_word_embeddings"], {}, {"tie_word_embeddings": True}),
+    },
+    "qwen3": {
+        "rope_parameters": (["rope_theta"], {"rope_parameters": PLAIN}, {"rope_theta": 1000000}),
+        "linear": ([], {"rope_scaling": LINEAR}, {"rope_scaling": None}),
+        "yarn": ([], {"rope_parameters": YARN}, {"rope_parameters": None}),
+        "untied": (["tie_word_embeddings"], {}, {"tie_word_embeddings": True}),
+    },
+}
+
+
+def make_variant(folder: Path, kind: str, name: str) -> Path:
+    make = {"llama": tiny.make_llama, "qwen2": tiny.make_qwen2, "qwen3": tiny.make_qwen3}[kind]
+    make(folder, tied=name != "untied", seed=5)
+    if name == "biases":
+        tiny.add_biases(folder)
+    missing, changes, _ = VARIANTS[kind][name]
+    return tiny.configure(folder, *missing, **changes)
+
+
+def misread(folder: Path, kind: str, name: str) -> nn.Module:
+    """The model of a folder from `make_variant` if the variant's keys were overlooked."""
+    tiny.configure(folder, **{"rope_parameters": None} | VARIANTS[kind][name][2])
+    if name == "untied":
+        weights = dict(mx.load(str(folder / "model.safetensors")))
+        del weights["lm_head.weight"]
+        save_arrays(folder / "model.safetensors", weights)
+    return models.load_base(folder)
 
 
 @pytest.fixture(scope="class")
@@ -178,3 +240,17 @@ class TestLlamaCpp:
         for kind, found in zip(kinds, results, strict=True):
             for tokens, answer in zip(found["greedy"], ANSWERS, strict=True):
                 assert tokenizer.decode(tokens).startswith(answer), kind
+
+    @pytest.mark.parametrize("kind", VARIANTS)
+    def test_every_form_of_a_configuration_is_read_alike(self, kind, tmp_path):
+        """llama.cpp rounds keys and values to F16, so it may choose the second of two near ties."""
+        bases = {name: make_variant(tmp_path / name, kind, name) for name in VARIANTS[kind]}
+        ids = prompts(models.load_tokenizer(bases["linear"]))[:1]
+        paths = [export(base, base / "gguf", "f32")[0] for base in bases.values()]
+        results = llama_cpp(paths, ids, tmp_path, query=None)
+        for (name, base), found in zip(bases.items(), results, strict=True):
+            right = surprise(models.load_base(base), ids, found["greedy"])
+            wrong = surprise(misread(base, kind, name), ids, found["greedy"])
+            print(name, right, wrong)
+            assert right < 0.02, name
+            assert name == "biases" or wrong > 0.5, name

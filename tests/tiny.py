@@ -237,6 +237,42 @@ def make_llama(
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
+def make_qwen2(folder: Path, **options) -> Path:
+    """Write a Qwen3 without head norms and with biases of q, k and v, which is a Qwen2."""
+    make_qwen3(folder, **options)
+    tensors = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(3)
+    for name in list(tensors):
+        if name.endswith(("q_norm.weight", "k_norm.weight")):
+            del tensors[name]
+        elif name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight")):
+            bias = rng.normal(0, 1, tensors[name].shape[0]).astype(np.float32)
+            tensors[name.replace("weight", "bias")] = bias
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return configure(folder, model_type="qwen2", architectures=["Qwen2ForCausalLM"])
+
+
+def add_biases(folder: Path) -> Path:
+    """Give a llama the biases of every linear layer."""
+    tensors = load_file(folder / "model.safetensors")
+    rng = np.random.default_rng(4)
+    for name in [name for name in tensors if "_proj" in name]:
+        bias = rng.normal(0, 1, tensors[name].shape[0]).astype(np.float32)
+        tensors[name.replace("weight", "bias")] = bias
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return configure(folder, attention_bias=True, mlp_bias=True)
+
+
+def configure(folder: Path, *missing: str, file: str = "config.json", **changes: object) -> Path:
+    """Change keys of a model's config.json, and remove those named in `missing`."""
+    path = folder / file
+    config = json.loads(path.read_text(encoding="utf-8")) | changes
+    for key in missing:
+        del config[key]
+    path.write_text(json.dumps(config, ensure_ascii=False), encoding="utf-8")
+    return folder
+
+
 def qwen_tokenizer(full_vocab: bool = False) -> Tokenizer:
     """A tokenizer in Qwen3's layout: bytes, merges, then the added tokens in their real order.
 

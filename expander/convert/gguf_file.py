@@ -1,13 +1,13 @@
 """A GGUF file of a fused chain: plan its contents, write it, read it back to verify it.
 
 Keys and tensors are named and laid out as llama.cpp's own converter does. Left out: sharded files,
-importance matrices, RoPE scaling.
+importance matrices.
 """
 
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,34 +52,28 @@ UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY = (
 
 
 def hyperparameters(config: dict) -> dict[str, tuple]:
-    """The architecture's keys, key -> (value, type), from a model's config.json.
-
-    Raises:
-        ValueError: the model uses RoPE scaling, or a setting is missing.
-    """
+    """The architecture's keys, key -> (value, type), from `model_config`."""
     architecture = ARCHITECTURES[config["model_type"]]
-    rope = config.get("rope_parameters") or {}  # transformers 5 writes RoPE's settings here
-    scaling = config.get("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type", "default")) != "default":
-        raise ValueError(f"config.json: RoPE scaling is not supported: {scaling}")
-    try:
-        heads = config["num_attention_heads"]
-        values = {
-            "block_count": (config["num_hidden_layers"], UINT32),
-            "context_length": (config["max_position_embeddings"], UINT32),
-            "embedding_length": (config["hidden_size"], UINT32),
-            "feed_forward_length": (config["intermediate_size"], UINT32),
-            "attention.head_count": (heads, UINT32),
-            "attention.head_count_kv": (config.get("num_key_value_heads") or heads, UINT32),
-            "attention.key_length": (head_dim(config), UINT32),
-            "attention.value_length": (head_dim(config), UINT32),
-            "attention.layer_norm_rms_epsilon": (config["rms_norm_eps"], FLOAT32),
-            "rope.freq_base": (config.get("rope_theta") or rope["rope_theta"], FLOAT32),
-        }
-        for key, value in architecture.gguf_keys(config).items():
-            values[key] = (value, FLOAT32 if isinstance(value, float) else UINT32)
-    except KeyError as error:
-        raise ValueError(f"config.json: {error.args[0]} is missing") from None
+    values = {
+        "block_count": (config["num_hidden_layers"], UINT32),
+        "context_length": (config["max_position_embeddings"], UINT32),
+        "embedding_length": (config["hidden_size"], UINT32),
+        "feed_forward_length": (config["intermediate_size"], UINT32),
+        "attention.head_count": (config["num_attention_heads"], UINT32),
+        "attention.head_count_kv": (config["num_key_value_heads"], UINT32),
+        "attention.key_length": (head_dim(config), UINT32),
+        "attention.value_length": (head_dim(config), UINT32),
+        "attention.layer_norm_rms_epsilon": (config["rms_norm_eps"], FLOAT32),
+        "rope.freq_base": (config["rope_theta"], FLOAT32),
+    }
+    scaling = config["rope_scaling"] or {}
+    if scaling.get("rope_type") in ("linear", "yarn"):  # llama3 is a tensor, see `rope_factors`
+        values["rope.scaling.type"] = (scaling["rope_type"], STRING)
+        values["rope.scaling.factor"] = (scaling["factor"], FLOAT32)
+        if original := scaling.get("original_max_position_embeddings"):
+            values["rope.scaling.original_context_length"] = (original, UINT32)
+    for key, value in architecture.gguf_keys(config).items():
+        values[key] = (value, FLOAT32 if isinstance(value, float) else UINT32)
     return {f"{architecture.gguf_name}.{key}": value for key, value in values.items()}
 
 
@@ -117,6 +111,9 @@ class Tensor:
     shape: tuple[int, ...]  # rows first
     type: GGMLQuantizationType
     permuted_head: int = 0  # the head size if `permute` reorders its rows
+    values: np.ndarray | None = field(
+        default=None, compare=False
+    )  # float32, if they are not the model's
 
     @property
     def nbytes(self) -> int:
@@ -214,13 +211,13 @@ def plan(
     """Lay out the file of a model.
 
     Args:
-        config: the base model's config.json.
+        config: from `model_config`.
         name: the model's name, stored in the file.
         kind: a key of FILE_TYPES.
         shapes: of the fused tensors, by name.
 
     Raises:
-        ValueError: llama.cpp has no name for a tensor, or `hyperparameters` fails.
+        ValueError: llama.cpp has no name for a tensor.
     """
     architecture, layers = ARCHITECTURES[config["model_type"]], config["num_hidden_layers"]
     file_type = FILE_TYPES[kind]
@@ -237,8 +234,28 @@ def plan(
         stored = kquants.tensor_type(target, shape, file_type, n_layers=layers, tied=tied)
         size = head_dim(config) if target.split(".")[-2] in permuted else 0
         tensors.append(Tensor(source, target, shape, stored, size))
+    if (factors := rope_factors(config)) is not None:
+        f32 = GGMLQuantizationType.F32
+        tensors.append(Tensor("", "rope_freqs.weight", factors.shape, f32, values=factors))
     keys = metadata(config, tokenizer, name, file_type)
     return GGUFFile(architecture.gguf_name, keys, tensors)
+
+
+def rope_factors(config: dict) -> np.ndarray | None:
+    """What llama.cpp divides each of RoPE's frequencies by, (head_dim / 2,); None without llama3.
+
+    Llama 3's scaling divides the low frequencies by `factor`, keeps the high ones, and interpolates
+    between them (transformers' modeling_rope_utils.py).
+    """
+    scaling = config["rope_scaling"] or {}
+    if scaling.get("rope_type") != "llama3":
+        return None
+    size, factor = head_dim(config), scaling["factor"]
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    wavelengths = 2 * np.pi * config["rope_theta"] ** (np.arange(0, size, 2) / size)
+    turns = scaling["original_max_position_embeddings"] / wavelengths
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
 
 
 def permute(rows: np.ndarray, size: int) -> np.ndarray:
@@ -256,7 +273,8 @@ def _write_tensor(
     """Append a tensor to the file, and return its `sample_rows` in float32."""
     kept, first = [], 0
     rows = sample_rows(tensor)
-    for piece in weights.read(tensor.source, multiple=tensor.permuted_head or 1):
+    pieces = weights.read(tensor.source, multiple=tensor.permuted_head or 1)
+    for piece in pieces if tensor.values is None else [tensor.values]:
         if tensor.permuted_head:
             piece = permute(piece, tensor.permuted_head)
         try:

@@ -15,6 +15,8 @@ NAME_RULE = (
     f"a name has at most {MAX_NAME} letters, digits, dots, dashes and underscores, "
     "and starts with a letter, digit or underscore"
 )
+# Where macOS keeps apps.
+APPLICATIONS = ("/Applications", "~/Applications")
 
 
 def default_name(base: str) -> str:
@@ -37,8 +39,22 @@ def check_ollama(name: str) -> None:
     parts = path.split("/") + ([tag] if colon else [])
     if path.count("/") > 1 or not all(NAME.fullmatch(part) for part in parts):
         raise ValueError(f"--ollama {name}: not a valid Ollama name; {NAME_RULE}")
-    if shutil.which("ollama") is None:
+    if ollama_command() is None:
         raise ValueError("--ollama: command ollama not found; install it from ollama.com")
+
+
+def ollama_command() -> str | None:
+    """The ollama command: "ollama" if it is on PATH, else the one inside Ollama.app; None if neither.
+
+    The macOS app links its command into /usr/local/bin only with an administrator's password.
+    """
+    if shutil.which("ollama"):
+        return "ollama"
+    for folder in APPLICATIONS:
+        command = Path(folder, "Ollama.app/Contents/Resources/ollama").expanduser()
+        if shutil.which(command):
+            return str(command)
+    return None
 
 
 def modelfile(gguf: str) -> str:
@@ -66,7 +82,7 @@ PARAMETER num_ctx 4096
 
 def create_command(name: str, path: Path) -> str:
     """The shell command that creates the Ollama model `name` from the Modelfile at `path`."""
-    return shlex.join(["ollama", "create", name, "-f", str(path)])
+    return shlex.join([ollama_command() or "ollama", "create", name, "-f", str(path)])
 
 
 def run_ollama(name: str, path: Path) -> None:

@@ -21,6 +21,7 @@ from expander.convert.formats import write_mlx
 from expander.convert.model_card import CARD, EVALUATION, licence, render_card, run_config
 from expander.eval.comparison import GATE, compare, compare_retrieval, read_results
 from expander.eval.measure import summarize
+from expander.files import read_json
 from expander.model import ADAPTER_CONFIG, HUB_ID, Chain, copy_adapters
 from expander.statistics import CONFIDENCE
 
@@ -316,7 +317,10 @@ def upload(publication: Publication, gguf: list[Path], modelfile: Path) -> None:
         model: dict[str, Path | bytes] = {str(path.relative_to(folder)): path for path in paths}
         for name, path in model.items():
             if path.name == ADAPTER_CONFIG:  # holds the path of a local base
-                model[name] = scrub(path.read_text(encoding="utf-8")).encode()
+                config = read_json(path)
+                for place in ("path", "relative"):
+                    config.get("base", {}).pop(place, None)
+                model[name] = scrub(json.dumps(config, indent=2, ensure_ascii=False)).encode()
         record = json.dumps(publication.record, indent=2, ensure_ascii=False)
         contents = {
             publication.gguf_repo: {path.name: path for path in (*gguf, modelfile)},

@@ -441,6 +441,9 @@ class Run:
         last, last_config = adapter_weights(model), dict(adapter_config)
         if "parent" in last_config:
             last_config["parent"] = f"../{last_config['parent']}"
+        if "base" in last_config:
+            base = last_config["base"]
+            last_config["base"] = base | {"relative": f"../{base['relative']}"}
         save_adapter(self.folder / "last", last, last_config)
         save_adapter(self.folder, self.best or last, adapter_config)
         write_text(self.folder / "config.yaml", self.config_text)

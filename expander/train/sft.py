@@ -270,7 +270,7 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
     if not distributed.is_main():
         return
     write_query_digests(run.folder, [example.query for example in data.train])
-    source = {"stage": "sft", "model": config.model.base, "revision": chain.revision}
+    source = {"stage": "sft"} | chain.base_entries(run.folder)
     run.finish(
         model,
         adapter_config | source | {"quantize_bits": config.model.bits},
