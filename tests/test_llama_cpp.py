@@ -247,7 +247,7 @@ class TestLlamaCpp:
         bases = {name: make_variant(tmp_path / name, kind, name) for name in VARIANTS[kind]}
         ids = prompts(models.load_tokenizer(bases["linear"]))[:1]
         paths = [export(base, base / "gguf", "f32")[0] for base in bases.values()]
-        results = llama_cpp(paths, ids, tmp_path, query=None)
+        results = llama_cpp(paths, ids, tmp_path)
         for (name, base), found in zip(bases.items(), results, strict=True):
             right = surprise(models.load_base(base), ids, found["greedy"])
             wrong = surprise(misread(base, kind, name), ids, found["greedy"])
