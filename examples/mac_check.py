@@ -1,8 +1,8 @@
 """Measure short runs of train.py on this machine; examples/mac_check.sh sets up and calls it.
 
-A few steps of SFT with the default batch and of GRPO from its adapter, for each model with its
-weights whole and in 4 bits. The figures come from the runs' own metrics.jsonl. The adapters are
-worth nothing: after so few steps completions run to their limit, so GRPO is slower than in earnest.
+A few steps of SFT with the default batch, and of GRPO from its adapter, for each model in full
+precision and in 4 bits. The figures come from the runs' metrics.jsonl. After so few steps,
+completions run to the token limit, so GRPO is slower here than in a real run.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def train(stage: str, folder: Path, *settings: str) -> None:
     """Run a stage of train.py into `folder`.
 
     Raises:
-        ValueError: it failed; carries its exit code and the last line of its errors.
+        ValueError: the run failed; with its exit code and the last line of its errors.
     """
     command = [sys.executable, "train.py", stage, "--overwrite"]
     for setting in (
@@ -41,12 +41,14 @@ def train(stage: str, folder: Path, *settings: str) -> None:
         command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
-        reason = (done.stderr.strip() or "no message; killed for want of memory?").splitlines()[-1]
+        reason = (
+            done.stderr.strip() or "no message; perhaps killed for lack of memory"
+        ).splitlines()[-1]
         raise ValueError(f"exit code {done.returncode}: {reason}")
 
 
 def figures(folder: Path) -> tuple[str, str, str]:
-    """Steps and tokens a second and the peak memory of a run, without its first step."""
+    """(steps per second, tokens per second, peak memory in GB) of a run, without its first step."""
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     first, *rest = map(json.loads, text.splitlines())  # the first step compiles kernels
     seconds = rest[-1]["seconds"] - first["seconds"]
@@ -56,14 +58,14 @@ def figures(folder: Path) -> tuple[str, str, str]:
 
 
 def measure(models: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """(rows of figures, one line for each run that failed)"""
+    """Run each model; return (rows of figures, a line per failed run)."""
     rows, failed = [], []
     for model in models:
-        for weights, four_bits in (("whole", "false"), ("4-bit", "true")):
+        for weights, four_bits in (("full", "false"), ("4-bit", "true")):
             folder = OUTPUT / f"{Path(model).name}-{weights}"
             sft, grpo = folder / "sft", folder / "grpo"
             base = (f"model.base={model}", f"model.load_in_4bit={four_bits}")
-            # GRPO needs the adapter of the SFT run before it: both or the reason why not.
+            # GRPO needs the SFT run's adapter, so a failed SFT run skips it.
             runs = (("sft", sft, base), ("grpo", grpo, (f"model.sft={sft}", "grpo.eval_prompts=0")))
             for stage, output, settings in runs:
                 print(f"== {model} {weights} {stage}", file=sys.stderr, flush=True)
@@ -89,7 +91,7 @@ def machine() -> list[str]:
     return [
         f"system   {system}, {platform.machine()}, {installed() / 2**30:.0f} GB, {os.cpu_count()} cores",
         f"device   {mx.default_device()}, weights in {dtype}",
-        # The chip's name and, on Metal, what memory may be used.
+        # The chip's name and, on Metal, its memory limits.
         *(f"         {name} {value}" for name, value in mx.device_info().items()),
         f"versions Python {platform.python_version()}, {', '.join(versions)}",
     ]
@@ -97,7 +99,13 @@ def machine() -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Measure SFT and GRPO on this machine.")
-    parser.add_argument("models", nargs="*", default=MODELS, metavar="MODEL", help="id or folder")
+    parser.add_argument(
+        "models",
+        nargs="*",
+        default=MODELS,
+        metavar="MODEL",
+        help="Hub id or folder (default: Qwen3-0.6B and Qwen3-1.7B)",
+    )
     rows, failed = measure(parser.parse_args().models)
     head = ("model", "weights", "stage", "steps/s", "tokens/s", "peak GB")
     print("```", *machine(), table([head, *rows]), *failed, "```", sep="\n")

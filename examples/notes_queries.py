@@ -1,13 +1,13 @@
-"""Make training queries out of your own notes, so that GRPO learns their vocabulary.
+"""Make training queries from your own notes, so that GRPO learns their vocabulary.
 
     python examples/notes_queries.py ~/notes -o outputs/notes.jsonl
     python train.py grpo --set dataset.name=outputs/notes.jsonl --set model.output=outputs/notes
 
-Every heading of the Markdown files becomes a query, but for those of more than one file ("Summary",
-"Links"): GRPO needs queries alone, for it writes expansions itself and scores them. The row's
-expansion is the paragraph under the heading, as the passage that a search should find, and is there
-for `eval.py --golden`: it holds no lex and no vec line, so do not train SFT on these rows. Nothing
-leaves this machine, but queries and passages stand in the file: treat it as you treat your notes.
+Each heading of the Markdown files becomes a query, except headings that occur in several files
+("Summary", "Links"). GRPO needs only queries: it samples the expansions itself. The row's expansion is
+the paragraph under the heading, which a search should find, for `eval.py --golden`. It has no lex or
+vec lines, so do not train SFT on these rows. Nothing leaves this machine, but the file contains your
+headings and paragraphs: keep it as private as your notes.
 """
 
 import argparse
@@ -23,13 +23,13 @@ from expander import cli
 from expander.files import write_rows
 from expander.queries import normal_query
 
-PASSAGE = 200  # characters, about what reward.py wants of a hyde line
+PASSAGE = 200  # characters, about the limit of reward.py for a hyde line
 FRONT_MATTER = re.compile(r"\A---\n.*?\n---\n", re.DOTALL)
 CODE = re.compile(r"^(```|~~~).*?^\1[^\n]*$", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)(?:[ \t]+#+)?[ \t]*$", re.MULTILINE)
 # [text](url), ![text](file), [[page]], [[page|text]]
 LINK = re.compile(r"!?\[+([^\[\]]*?)(?:\|([^\[\]]*))?\]+(?:\([^()]*\))?")
-# Marks of emphasis, not the underscores within a name; quotes and list items.
+# Emphasis, but not underscores within a name; quotes and list items.
 MARKUP = re.compile(r"`+|(?<!\w)[*_~]+|[*_~]+(?!\w)|^[>\-+ \t]+", re.MULTILINE)
 
 
@@ -43,7 +43,7 @@ def plain(text: str) -> str:
 
 
 def headings(text: str) -> Iterator[tuple[str, str]]:
-    """(heading, the first paragraph under it) of a note; headings with nothing under them are left out.
+    """Yield (heading, first paragraph under it); headings without text are skipped.
 
     >>> list(headings("# TLS keys\\n\\nRotate *monthly*.\\n\\nMore.\\n## Empty\\n"))
     [('TLS keys', 'Rotate monthly.')]
@@ -56,24 +56,26 @@ def headings(text: str) -> Iterator[tuple[str, str]]:
 
 
 def rows(folder: Path) -> list[dict]:
-    """One row a heading.
+    """One row per heading that occurs in one note only.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no heading qualifies.
     """
-    found: dict[str, dict[Path, dict]] = {}  # query → the notes that have it → the row
+    found: dict[str, dict[Path, dict]] = {}  # query → note → row
     for path in sorted(folder.expanduser().rglob("*.md")):
         for query, passage in headings(path.read_text(encoding="utf-8", errors="replace")):
             row = {"query": query, "output": [["hyde", passage]]}
             found.setdefault(normal_query(query), {}).setdefault(path, row)
     chosen = [row for notes in found.values() if len(notes) == 1 for row in notes.values()]
     if not chosen:
-        raise ValueError(f"{folder}: no .md file in it has a heading of its own with text under it")
+        raise ValueError(
+            f"{folder}: no .md file has a heading with text under it that is not in other files"
+        )
     return chosen
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Make GRPO queries out of Markdown notes.")
+    parser = argparse.ArgumentParser(description="Make GRPO queries from Markdown notes.")
     parser.add_argument("notes", type=Path, metavar="FOLDER")
     parser.add_argument("-o", "--output", type=Path, default=Path("outputs/notes.jsonl"))
     arguments = parser.parse_args()

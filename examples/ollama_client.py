@@ -1,9 +1,9 @@
-"""Ask the model in Ollama through its API, with the standard library alone.
+"""Expand a query with Ollama through its API, using only the standard library.
 
     ollama create qmd-query-expansion -f outputs/gguf/Modelfile
     python examples/ollama_client.py "auth config"
 
-The message is the prompt's user turn; the frame around it and the sampling are in the Modelfile.
+The message is the prompt's user turn. The Modelfile adds the chat template and the sampling settings.
 """
 
 import argparse
@@ -24,7 +24,7 @@ def chat(host: str, model: str, message: str) -> str:
     """The model's answer to one message.
 
     Raises:
-        ValueError: Ollama cannot be reached, does not have the model, or answers something else.
+        ValueError: Ollama cannot be reached, does not have the model, or the server is not Ollama.
     """
     body = {
         "model": model,
@@ -44,7 +44,7 @@ def chat(host: str, model: str, message: str) -> str:
     except OSError as error:
         raise ValueError(f"{host}: {error}; is `ollama serve` running?") from None
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{host}: what answers there is not Ollama") from None
+        raise ValueError(f"{host}: the server is not Ollama") from None
 
 
 def main() -> None:

@@ -1,9 +1,9 @@
 """Set a GGUF file as QMD's model for query expansion, in its configuration file.
 
-    python examples/qmd_config.py outputs/gguf/NAME-q4_k_m.gguf            shows the change
-    python examples/qmd_config.py outputs/gguf/NAME-q4_k_m.gguf --write    makes it, with a backup
+    python examples/qmd_config.py outputs/gguf/NAME-q4_k_m.gguf            show the change
+    python examples/qmd_config.py outputs/gguf/NAME-q4_k_m.gguf --write    make it, with a backup
 
-Only the text of models.generate is changed: comments and the rest of the file stay as they are.
+Changes only the text of models.generate: comments and the rest of the file stay the same.
 """
 
 import argparse
@@ -24,30 +24,30 @@ from expander.files import write_text
 
 
 def config_path() -> Path:
-    """Where QMD itself looks for its configuration."""
+    """The file that QMD reads its configuration from."""
     config_home = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(os.environ.get("QMD_CONFIG_DIR") or Path(config_home, "qmd"), "index.yml")
 
 
 def check_gguf(path: Path) -> None:
-    """Raises ValueError for what is no GGUF file: QMD would delete it."""
+    """Raise ValueError unless the file is a GGUF file; QMD would delete another one."""
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
             raise ValueError(f"{path}: not a GGUF file; convert.py writes them")
 
 
 def _find(mapping: yaml.MappingNode, name: str) -> tuple[yaml.Node, yaml.Node] | None:
-    """The nodes (key, value) of `name`; they know their places in the text."""
+    """The (key, value) nodes of `name`, which have their positions in the text; None if it is missing."""
     return next((pair for pair in mapping.value if pair[0].value == name), None)
 
 
 def set_generate(text: str, model: str) -> str:
-    """A YAML text with models.generate set to `model` and everything else as it is.
+    """Set models.generate in a YAML text; everything else stays the same.
 
     Raises:
-        ValueError: the text is no mapping, or written in a way that this would break.
+        ValueError: the text is not a mapping, or an edit would change more than this key.
     """
-    entry = f"generate: {json.dumps(model, ensure_ascii=False)}"  # a JSON string is a YAML one
+    entry = f"generate: {json.dumps(model, ensure_ascii=False)}"  # JSON strings are valid YAML
     try:
         wanted = yaml.safe_load(text) or {}
         wanted["models"] = (wanted.get("models") or {}) | {"generate": model}
@@ -69,7 +69,7 @@ def set_generate(text: str, model: str) -> str:
     except (yaml.YAMLError, AttributeError, TypeError, ValueError):
         understood = False
     if not understood:
-        raise ValueError(f"cannot be changed without risk; set it by hand, under models: {entry}")
+        raise ValueError(f"cannot be edited safely; set it by hand, under models: {entry}")
     return new
 
 
@@ -77,28 +77,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Set QMD's model for query expansion.")
     parser.add_argument("gguf", type=Path, metavar="FILE.gguf")
     parser.add_argument(
-        "--write", action="store_true", help="change the file; else show the change"
+        "--write", action="store_true", help="change the file instead of showing the change"
     )
     arguments = parser.parse_args()
     check_gguf(arguments.gguf)
-    path = config_path().resolve()  # the file itself where it is a link to one
+    path = config_path().resolve()  # follow links: the file itself is replaced
     old = path.read_text(encoding="utf-8") if path.is_file() else ""
     try:
         new = set_generate(old, str(arguments.gguf.resolve()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     if new == old:
-        print(f"{path} names this file already")
+        print(f"{path} already uses this file")
         return
     names = (str(path), f"{path} (new)")
     print("\n".join(difflib.unified_diff(old.splitlines(), new.splitlines(), *names, lineterm="")))
     if not arguments.write:
-        print("\nnothing is changed; add --write to change it")
+        print("\nnothing changed; add --write to change the file")
         return
     if path.is_file():
         backup = path.with_name(f"{path.name}.{time.strftime('%Y%m%d-%H%M%S')}.bak")
         shutil.copy2(path, backup)
-        print(f"\n{backup}: as it was before")
+        print(f"\nbackup: {backup}")
     write_text(path, new)
 
 

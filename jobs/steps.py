@@ -1,10 +1,9 @@
-"""What the jobs do on the Hub's machines: the README's commands.
+"""Run the README's commands in a job on the Hub.
 
-    python -m jobs.steps sft | grpo | eval OWNER/NAME [options of the stage's command]
+    python -m jobs.steps sft | grpo | eval OWNER/NAME [options of train.py or eval.py]
 
-`sft` and `grpo` end in a publication. A model that is not better than the one published is refused,
-with the figures in the log, and is gone with the machine. `eval` publishes nothing: what is public
-is the evaluation by which the model was judged.
+`sft` and `grpo` publish the model. If it is not better than the published one, convert.py refuses
+it and prints the figures; the model is lost when the machine stops. `eval` publishes nothing.
 """
 
 import argparse
@@ -17,7 +16,7 @@ ADAPTERS = "outputs/published/adapters"
 
 
 def python(*arguments: str) -> None:
-    """Run a command of the project; a failure ends the job with its exit code."""
+    """Run a command of the project; exit with its code if it fails."""
     print("$ python", *arguments, flush=True)
     if code := subprocess.run([sys.executable, *arguments], check=False).returncode:
         sys.exit(code)
@@ -27,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train or evaluate, then publish.")
     parser.add_argument("stage", choices=("sft", "grpo", "eval"))
     parser.add_argument("repo", metavar="OWNER/NAME", help="the model's repository on the Hub")
-    parser.add_argument("options", nargs=argparse.REMAINDER, help="of train.py or eval.py")
+    parser.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py or eval.py")
     arguments = parser.parse_args()
     stage, repo, options = arguments.stage, arguments.repo, arguments.options
 

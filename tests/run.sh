@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets up .venv (and, where npm is there, a real llama.cpp for the GGUF tests), then runs the tests.
+# Creates .venv (and, if npm is installed, a real llama.cpp for the GGUF tests) and runs the tests.
 # Extra arguments go to pytest: bash tests/run.sh tests/test_reward.py -v
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -10,4 +10,5 @@ if command -v npm >/dev/null && [ ! -d tests/node_modules/node-llama-cpp ]; then
     npm install --prefix tests --no-audit --no-fund --ignore-scripts --loglevel=error
 fi
 . examples/fast_blas.sh
-"$python" -m pytest "$@"
+# Two processes, a file to each: more would not help on two cores, and llama.cpp takes memory.
+"$python" -m pytest -n 2 --dist loadfile "$@"

@@ -102,7 +102,7 @@ def check(command: str, parse) -> None:
         case "uv" if arguments[0] == "run":
             check_python(arguments[1:], parse)
         case "uv":
-            assert arguments == ["lock", "--default-index", "https://pypi.org/simple"]
+            assert arguments == ["lock"]
         case "bash" | ".":
             assert (ROOT / arguments[0]).is_file() or arguments == [".venv/bin/activate"]
             check_paths(arguments[1:])

@@ -1,4 +1,4 @@
-"""The tour: every command of examples/README.md as printed, and what its scripts refuse."""
+"""The examples: every command of examples/README.md as printed, and the errors of its scripts."""
 
 import json
 import re
@@ -20,13 +20,13 @@ from examples.qmd_config import set_generate
 from expander.prompt import user_message
 
 ROOT = Path(__file__).parent.parent
-TOUR = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "examples" / "README.md").read_text(encoding="utf-8")
 GGUF = "outputs/gguf/qmd-query-expansion-qwen3-1.7b-q4_k_m.gguf"
 
 
 @pytest.fixture
 def ollama():
-    """A stand-in of Ollama that knows one model: (its address, the requests it got)."""
+    """A local server in place of Ollama that has one model: (its address, the requests it received)."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -45,7 +45,7 @@ def ollama():
             self.wfile.write(body)
 
         def log_message(self, *args):
-            """Say nothing."""
+            """Do not log."""
 
     server = HTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -64,7 +64,7 @@ def notes(tmp_path: Path) -> Path:
     return folder
 
 
-def test_every_command_of_the_tour_as_printed(run, hub, hub_root, ollama, notes, tmp_path):
+def test_every_command_as_printed(run, hub, hub_root, ollama, notes, tmp_path):
     folder = tmp_path / "work"
     base = tiny.end_early(tiny.make_qwen3(tmp_path / "base", layers=1))
     published = make_chain(folder / "outputs", base)
@@ -75,9 +75,9 @@ def test_every_command_of_the_tour_as_printed(run, hub, hub_root, ollama, notes,
     home = notes.parent
     env = hub | {"HOME": str(home), "QMD_CONFIG_DIR": "", "XDG_CONFIG_HOME": ""}
 
-    (block,) = re.findall(r"```bash\n(.*?)```", TOUR, re.DOTALL)
+    (block,) = re.findall(r"```bash\n(.*?)```", GUIDE, re.DOTALL)
     commands = [line for line in block.splitlines() if line and not line.startswith("#")]
-    said = {}
+    printed = {}
     for command in commands:
         program, *arguments = shlex.split(command)
         arguments = [str(notes) if word == "~/notes" else word for word in arguments]
@@ -92,25 +92,25 @@ def test_every_command_of_the_tour_as_printed(run, hub, hub_root, ollama, notes,
             host = ["--host", ollama[0]] if "examples/ollama_client.py" in arguments else []
             done = run([*arguments, *host], cwd=folder, env=env, timeout=300)
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        said[Path(arguments[0]).name] = done.stdout
+        printed[Path(arguments[0]).name] = done.stdout
 
-    assert said["expand.py"].splitlines()[0] == "auth config"
-    assert said["ollama_client.py"] == "lex: auth settings\nvec: configure auth\n"
+    assert printed["expand.py"].splitlines()[0] == "auth config"
+    assert printed["ollama_client.py"] == "lex: auth settings\nvec: configure auth\n"
     message = {"role": "user", "content": user_message("auth config")}
     assert ollama[1][0][0] == "/api/chat" and ollama[1][0][1]["messages"] == [message]
-    assert f'+  generate: "{gguf}"' in said["qmd_config.py"]
+    assert f'+  generate: "{gguf}"' in printed["qmd_config.py"]
     assert not (home / ".config").exists()
-    assert "8 queries" in said["notes_queries.py"]
-    assert "GRPO from outputs/published/adapters: 7 prompts, 28 steps" in said["train.py"]
-    beneath = json.loads((folder / "outputs/notes/sft/adapter_config.json").read_text())
-    assert beneath["stage"] == "grpo"  # what was published, itself over an SFT adapter
-    assert "golden" in said["eval.py"]
+    assert "8 queries" in printed["notes_queries.py"]
+    assert "GRPO from outputs/published/adapters: 7 prompts, 28 steps" in printed["train.py"]
+    sft = json.loads((folder / "outputs/notes/sft/adapter_config.json").read_text())
+    assert sft["stage"] == "grpo"  # the published adapter, which has an SFT adapter below it
+    assert "golden" in printed["eval.py"]
 
 
-def test_the_index_names_every_file():
+def test_every_file_is_in_the_table():
     names = {path.name for path in (ROOT / "examples").iterdir()} - {"README.md", "__init__.py"}
-    hidden = {"__pycache__", "report.html"}  # the page's template
-    assert [name for name in names - hidden if name not in TOUR] == []
+    hidden = {"__pycache__", "report.html"}  # the template of report.py
+    assert [name for name in names - hidden if name not in GUIDE] == []
 
 
 # QMD's configuration
@@ -130,7 +130,7 @@ def test_the_index_names_every_file():
         ("models: {embed: a}\n", "models: {generate: NEW, embed: a}\n"),
     ],
 )
-def test_only_the_model_changes_in_the_configuration(before, after):
+def test_only_the_model_of_the_configuration_changes(before, after):
     assert set_generate(before, "/a b/ü.gguf") == after.replace("NEW", '"/a b/ü.gguf"')
 
 
@@ -144,19 +144,19 @@ def test_only_the_model_changes_in_the_configuration(before, after):
         "models:\n  generate: >-\n    folded\n  embed: a\n",
     ],
 )
-def test_a_configuration_that_would_break_is_left_alone(text):
-    with pytest.raises(ValueError, match="by hand, under models: generate: "):
+def test_a_configuration_that_cannot_be_edited_safely_is_refused(text):
+    with pytest.raises(ValueError, match=r"by hand.*models: generate: "):
         set_generate(text, "/m.gguf")
 
 
-def test_the_configuration_is_changed_on_request_alone_with_a_backup(run, tmp_path):
+def test_the_configuration_changes_only_with_write_and_keeps_a_backup(run, tmp_path):
     config, model = tmp_path / "index.yml", tmp_path / "m.gguf"
     config.write_text("models:\n  generate: hf:old/model\n")
     model.write_bytes(b"GGUF\3")
     env = {"QMD_CONFIG_DIR": str(tmp_path)}
     command = ["examples/qmd_config.py", "m.gguf"]
 
-    assert "add --write" in run(command, cwd=tmp_path, env=env).stdout
+    assert "--write" in run(command, cwd=tmp_path, env=env).stdout
     assert list(tmp_path.glob("*.bak")) == []
     done = run([*command, "--write"], cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr
@@ -173,11 +173,11 @@ def test_the_configuration_is_changed_on_request_alone_with_a_backup(run, tmp_pa
 # Ollama
 
 
-def test_ollamas_failures_are_one_line(run, ollama):
+def test_errors_of_ollama_print_one_line(run, ollama):
     host = ollama[0]
     for options, reason in (
         (["--host", host, "--model", "other"], "model not found"),
-        (["--host", "http://127.0.0.1:1"], "is `ollama serve` running?"),
+        (["--host", "http://127.0.0.1:1"], "`ollama serve`"),
         (["--host", f"{host}/elsewhere"], "not Ollama"),
     ):
         done = run(["examples/ollama_client.py", "tls", *options])
@@ -188,7 +188,7 @@ def test_ollamas_failures_are_one_line(run, ollama):
 # Notes
 
 
-def test_headings_with_the_passage_under_them():
+def test_headings_are_paired_with_the_paragraph_below():
     note = """---
 title: x
 # no heading
@@ -211,9 +211,9 @@ More.
     ]
 
 
-def test_headings_of_several_notes_are_no_queries(notes, tmp_path):
+def test_headings_that_occur_in_several_notes_are_skipped(notes, tmp_path):
     found = rows(notes)
     assert [row["query"] for row in found] == [f"Rotate key {n} of auth" for n in range(8)]
     assert found[2]["output"] == [["hyde", "Every key lives for 2 days."]]
-    with pytest.raises(ValueError, match=r"no \.md file in it"):
+    with pytest.raises(ValueError, match=r"no \.md file"):
         rows(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""The fixtures themselves: the tiny models run, and the Hub's own clients can use the Hub."""
+"""The fixtures: the tiny models run, and the Hub's own clients work with the local Hub."""
 
 import json
 import os
@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+import mlx_lm
 import pytest
 import tiny
+from mlx_lm.generate import generate_step
 from tokenizers import Tokenizer
 
 
 def python(code: str, env: dict[str, str]) -> str:
-    """Run `code` where `env` can act: the Hub's clients read it when they are imported."""
+    """Run `code` in a new process: the Hub's clients read `env` when they are imported."""
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | env,
@@ -26,11 +29,7 @@ def python(code: str, env: dict[str, str]) -> str:
 
 
 @pytest.mark.parametrize("name", ["tiny_qwen3", "tiny_llama"])
-def test_tiny_model_loads_and_generates(name, request):
-    import mlx.core as mx
-    import mlx_lm
-    from mlx_lm.generate import generate_step
-
+def test_a_tiny_model_loads_and_generates(name, request):
     model, tokenizer = mlx_lm.load(str(request.getfixturevalue(name)))
     text = "<|im_start|>user\nCafé 2024, 東京\n<|im_end|>\n"
     ids = tokenizer.encode(text)
@@ -39,17 +38,17 @@ def test_tiny_model_loads_and_generates(name, request):
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in tokenizer.eos_token_ids
 
     tokens = [token for token, _ in generate_step(mx.array(ids), model, max_tokens=16)]
-    # Random, but not stuck: a model that only repeats a token would hide a wrong forward pass.
+    # A model that repeats one token would hide a wrong forward pass.
     assert len(set(tokens)) > 8
 
 
-def test_digits_are_split_off_in_the_llama_layout(tiny_llama):
+def test_the_llama_tokenizer_splits_off_digits(tiny_llama):
     tokenizer = Tokenizer.from_file(str(tiny_llama / "tokenizer.json"))
     pieces = [piece for piece, _ in tokenizer.pre_tokenizer.pre_tokenize_str("25 degrees")]
     assert pieces == ["2", "5", "Ġdegrees"]
 
 
-def test_full_vocabulary_has_the_real_ids(tmp_path):
+def test_the_full_vocabulary_has_the_real_ids(tmp_path):
     folder = tiny.make_qwen3(tmp_path, full_vocab=True, hidden=32, layers=1, ffn=32)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     ids = [tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>", "</think>")]
@@ -58,7 +57,7 @@ def test_full_vocabulary_has_the_real_ids(tmp_path):
     assert json.loads((folder / "config.json").read_text())["vocab_size"] == 151936
 
 
-def test_tiny_models_are_the_same_in_every_process(tmp_path, tiny_qwen3):
+def test_tiny_models_are_identical_in_every_process(tmp_path, tiny_qwen3):
     python(
         f"import tiny, pathlib; tiny.make_qwen3(pathlib.Path({str(tmp_path)!r})); print()",
         {"PYTHONPATH": str(Path(__file__).parent), "RAYON_NUM_THREADS": "1"},
@@ -67,7 +66,7 @@ def test_tiny_models_are_the_same_in_every_process(tmp_path, tiny_qwen3):
         assert (tmp_path / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_hub_serves_the_data_set(hub, rows):
+def test_the_hub_serves_the_data_set(hub, rows):
     code = """
 import datasets, json
 d = datasets.load_dataset("tobil/qmd-query-expansion-train-v2", split="train")
@@ -79,14 +78,14 @@ print(json.dumps([d.column_names, len(d), d[0]["text"], d[0]["messages"] == d[1]
     assert text is None and same
 
 
-def test_hub_serves_the_model(hub, hub_root):
+def test_the_hub_serves_the_model(hub, hub_root):
     code = 'import huggingface_hub as h; print(h.snapshot_download("Qwen/Qwen3-1.7B"))'
     folder = python(code, hub)
     for file in (hub_root / "models" / "Qwen" / "Qwen3-1.7B").iterdir():
         assert (Path(folder) / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_hub_keeps_uploads(hub, hub_root, tiny_qwen3):
+def test_the_hub_stores_uploads(hub, hub_root, tiny_qwen3):
     code = f"""
 import huggingface_hub as h
 h.create_repo("tester/expander", private=True)

@@ -1,4 +1,4 @@
-"""The CI workflow: it runs what the README says, pinned, bounded, and with no more rights than needed."""
+"""The CI workflow: it runs the README's commands, with pinned actions, limited time and rights."""
 
 import re
 from pathlib import Path
@@ -19,7 +19,7 @@ def steps(workflow: dict) -> list[dict]:
     return [step for job in workflow["jobs"].values() for step in job["steps"]]
 
 
-def test_every_script_that_is_run_exists(workflow):
+def test_the_scripts_exist(workflow):
     commands = "\n".join(step["run"] for step in steps(workflow) if "run" in step)
     scripts = re.findall(r"[\w./-]+\.(?:sh|py)\b", commands)
     assert scripts and [name for name in scripts if not (ROOT / name).is_file()] == []
@@ -33,7 +33,7 @@ def test_actions_are_pinned_by_commit(workflow):
     )
 
 
-def test_rights_and_time_are_bounded(workflow):
+def test_rights_and_time_are_limited(workflow):
     assert workflow["permissions"] == {"contents": "read"}
     assert all(0 < job["timeout-minutes"] <= 120 for job in workflow["jobs"].values())
 
