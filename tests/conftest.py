@@ -8,10 +8,16 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 import tiny
 
 from expander.prompt import render_lines, render_prompt, render_target, user_message
+
+# On a Mac too, the models of this process run on the CPU, and all in float32: exact tolerances hold.
+# QMD_TEST_DTYPE=bfloat16 tests the dtype of a Mac's GPU (dtypes.py). Child processes inherit it.
+mx.set_default_device(mx.cpu)
+os.environ["QMD_DTYPE"] = os.environ.get("QMD_TEST_DTYPE") or "float32"
 
 ROOT = Path(__file__).parent.parent
 MODEL_ID = "Qwen/Qwen3-1.7B"

@@ -13,6 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import tiny
+from dtypes import float32_only, tolerance
 from ports import free_ports
 
 from expander.train import distributed
@@ -126,7 +127,8 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def assert_same(stage: str, folder: Path, alone: Path) -> None:
-    """Every figure of every step within 1e-4 of one process's, and so is the adapter."""
+    """Every figure of every step is close to one process's, and so is the adapter."""
+    bound = tolerance(float32=1e-4, bfloat16=5e-2)
     here, there = (where / "outputs" / stage for where in (folder, alone))
     steps, expected = metrics(here), metrics(there)
     assert [record["step"] for record in steps][-1] == 10
@@ -135,12 +137,12 @@ def assert_same(stage: str, folder: Path, alone: Path) -> None:
         assert record.keys() == wanted.keys()
         for name, value in wanted.items():
             if not any(clock in name for clock in clocks):
-                assert record[name] == pytest.approx(value, abs=1e-4), (record["step"], name)
+                assert record[name] == pytest.approx(value, abs=bound), (record["step"], name)
     for name in ("adapters.safetensors", "last/adapters.safetensors"):
         weights, others = (mx.load(str(where / name)) for where in (here, there))
         assert weights.keys() == others.keys()
         for key, weight in weights.items():
-            assert mx.abs(weight - others[key]).max().item() < 1e-4, (name, key)
+            assert mx.abs(weight - others[key]).max().item() < bound, (name, key)
     assert {p.relative_to(here) for p in here.rglob("*")} == {
         p.relative_to(there) for p in there.rglob("*")
     }
@@ -168,6 +170,7 @@ def test_sft_by_mlx_launch_gives_the_result_of_one_process(options, alone, tmp_p
     assert done.stdout.count("step 7/10") == done.stdout.count("next: python train.py grpo") == 1
 
 
+@float32_only  # rounding differs with the batch, and may change a sampled token
 def test_grpo_on_two_machines_gives_the_result_of_one_process(options, alone, macs):
     before = sorted(macs[1].rglob("*"))
     (code, out, error), (other_code, other_out, _) = end(start([TRAIN, *options["grpo"]], macs))
@@ -207,6 +210,7 @@ def test_a_killed_rank_ends_the_run_and_one_process_continues(options, alone, ma
     assert_same("sft", macs[0], alone)
 
 
+@float32_only  # rounding differs with the batch, and may change a sampled token
 def test_a_signal_to_any_rank_stops_all_and_two_continue(options, alone, macs):
     processes = start([TRAIN, *options["grpo"]], macs)
     until(processes[0], "step 2/10")

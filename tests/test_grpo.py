@@ -7,6 +7,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from dtypes import tolerance
 from mlx.utils import tree_flatten
 
 from expander import model as models
@@ -33,6 +34,10 @@ from expander.train.rollout import (
     stack,
 )
 from expander.train.run import Run
+
+# Of log-probabilities and gradients; rounding differs with the rows and the padding of a batch.
+LOGP_BOUND = tolerance(float32=2e-5, bfloat16=5e-2)
+GRADIENT_BOUND = tolerance(float32=2e-5, bfloat16=2e-2)
 
 
 def values(array) -> list:
@@ -312,7 +317,7 @@ def test_batched_logps_equal_one_forward_a_row(lora_model, temperature):
     for i, rollout in enumerate(rollouts):
         length = len(rollout.tokens)
         np.testing.assert_allclose(
-            np.array(logps[i, :length]), one_by_one(model, rollout, temperature), atol=2e-5
+            np.array(logps[i, :length]), one_by_one(model, rollout, temperature), atol=LOGP_BOUND
         )
         assert mask[i].sum().item() == length
         assert (
@@ -358,12 +363,14 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type, mask_truncat
     batches = micro_batches(rollouts, 8)  # lengths 1 1 4 4 7 7
     assert [[len(r.tokens) for r in batch] for batch in batches] == [[1, 1], [4, 4], [7], [7]]
     parts = [both(batch) for batch in batches]
-    assert sum(p[0].item() for p in parts) == pytest.approx(full_loss.item(), abs=1e-5)
+    assert sum(p[0].item() for p in parts) == pytest.approx(
+        full_loss.item(), abs=tolerance(float32=1e-5, bfloat16=5e-2)
+    )
     whole = dict(tree_flatten(full))
     assert max(abs(np.array(g)).max() for g in whole.values()) > 1e-3
     for name, gradient in whole.items():
         summed = sum(np.array(dict(tree_flatten(p[1]))[name]) for p in parts)
-        np.testing.assert_allclose(summed, np.array(gradient), atol=2e-5)
+        np.testing.assert_allclose(summed, np.array(gradient), atol=GRADIENT_BOUND)
 
 
 def test_reference_is_the_model_with_the_adapter_out(lora_model):
@@ -373,7 +380,7 @@ def test_reference_is_the_model_with_the_adapter_out(lora_model):
     with models.adapters_off(model):
         set_logps(model, micro_batches(rollouts, 14), 1.0, "ref_logps")
         expected = one_by_one(model, rollouts[2], 1.0)
-    np.testing.assert_allclose(np.array(rollouts[2].ref_logps), expected, atol=2e-5)
+    np.testing.assert_allclose(np.array(rollouts[2].ref_logps), expected, atol=LOGP_BOUND)
     again, _, _ = logps_of(model, rollouts)
     assert values(again) == values(with_adapter)
     stacked = stack([r.ref_logps for r in rollouts], with_adapter.shape[1])
@@ -483,7 +490,7 @@ def test_the_policy_gradient_is_that_of_all_rollouts_at_once(lora_model):
     parts, _ = policy_gradient(model, [rollouts[:2], rollouts[2:]], rollouts, config)
     assert sums["tokens"] == 24 and sums["kl"] == 0 and sums["entropy"] > 0
     for (name, a), (_, b) in zip(tree_flatten(whole), tree_flatten(parts), strict=True):
-        np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-5, err_msg=name)
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=GRADIENT_BOUND, err_msg=name)
 
 
 HEALTHY = {
