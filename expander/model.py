@@ -42,6 +42,7 @@ from expander.weight_files import digest, equal_tensors, read_header, read_tenso
 DOWNLOADS = ["*.json", "model*.safetensors", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 QUANT_GROUP = 64
+WIRED_SHARE = 0.95  # of the recommended memory; more than the system's limit is an error
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,12 @@ class Chain:
         """The LoRA scale of each adapter, which is not in the file that is hashed."""
         configs = [read_adapter_config(folder) for folder in self.adapters]
         return [config["lora_parameters"]["scale"] for config in configs]
+
+    def adapted_layers(self) -> set[str]:
+        """The names of the linear maps that an adapter of the chain changes, such as q_proj."""
+        configs = [read_adapter_config(folder) for folder in self.adapters]
+        keys = [config["lora_parameters"].get("keys") or [] for config in configs]
+        return {key.split(".")[-1] for part in keys for key in part}
 
     def base_hashes(self) -> dict[str, str]:
         """SHA-256 of a local base's weight files; a revision identifies a base from the Hub."""
@@ -109,6 +116,18 @@ def compute_dtype() -> mx.Dtype:
             raise ModelError(f"QMD_DTYPE {name}: expected float32 or bfloat16")
         return getattr(mx, name)
     return mx.bfloat16 if mx.default_device().type == mx.gpu else mx.float32
+
+
+def recommended_memory() -> int | None:
+    """Bytes that the device recommends to stay under; None on the CPU."""
+    return mx.device_info().get("max_recommended_working_set_size")
+
+
+def wire_memory() -> None:
+    """Keep the buffers of a GPU in memory, a little below what the device allows."""
+    limit = recommended_memory()
+    if limit and mx.metal.is_available():
+        mx.set_wired_limit(int(WIRED_SHARE * limit))
 
 
 def fetch(name: str, revision: str | None = None, files: Sequence[str] = DOWNLOADS) -> Path:
@@ -322,7 +341,8 @@ def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Mod
         )
     model.freeze()
     if not lazy:
-        mx.eval(model.parameters())
+        for _, array in tree_flatten(model.parameters()):  # never all unquantised weights at once
+            mx.eval(array)
     return model
 
 
@@ -470,8 +490,9 @@ def fuse(model: nn.Module) -> None:
     """
     from expander.lora import lora_layers
 
-    fused = []
-    for name, layer in lora_layers(model):
+    layers = lora_layers(model)
+    while layers:  # one at a time: its old weights go before the next one is fused
+        name, layer = layers.pop(0)
         linear = layer.linear
         weight = linear.weight
         if isinstance(linear, nn.QuantizedLinear):
@@ -490,10 +511,9 @@ def fuse(model: nn.Module) -> None:
         )
         if "bias" in linear:
             plain.bias = linear.bias
-        fused.append((name, plain))
-    model.update_modules(tree_unflatten(fused))
+        model.update_modules(tree_unflatten([(name, plain)]))
+        mx.eval(plain.parameters())
     model.freeze()
-    mx.eval(model.parameters())
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from expander import cli
 from expander.decode import Completion, Sampler, generate, length_groups, random_keys
 from expander.eval.grammar import QmdSampler, token_table
 from expander.eval.measure import Expansion, Queries
-from expander.model import Chain, end_token, load_chain, model_config
+from expander.model import Chain, end_token, load_chain, model_config, wire_memory
 from expander.prompt import encode_prompt
 from expander.qmd import QMD_SYSTEM_PROMPT, SAMPLING
 
@@ -115,6 +115,7 @@ class Expander:
         batch_size: int,
         seed: int,
     ):
+        wire_memory()
         self.chain, self.loaded = chain, load_chain(chain, fuse_last=True)
         self.options = max_new_tokens, qmd_system_prompt
         self.batch_size, self.seed = batch_size, seed

@@ -1,26 +1,45 @@
-"""What a run will need of the device's memory, told before it starts.
+"""Estimate a run's memory before it starts.
 
-The estimate is arithmetic on the base model's config.json, the batch and the lengths. The counts of
-arrays that stay for the backward pass were fitted to MLX's own peaks (tests/bench/memory_peak.py).
+The estimate is arithmetic on the base model's config.json, the batch and the lengths. Its constants
+were fitted to the peaks of real runs (tests/bench/memory_peak.py), which it meets within 10 %.
 """
 
 import os
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-
-import mlx.core as mx
+from typing import NamedTuple
 
 from expander.config import Config
-from expander.model import QUANT_GROUP, Chain, compute_dtype, model_config
+from expander.model import QUANT_GROUP, Chain, compute_dtype, model_config, recommended_memory
+from expander.train.batches import round_targets, round_width
 from expander.train.logps import LOGIT_BUDGET
 
 GB = 1e9
-# Arrays of logits alive for a chunk of token_logps, and at most: MLX allocates a few chunks ahead.
-LOGIT_ARRAYS, LOGIT_ARRAYS_AHEAD = 3, 12
-# A LoRA weight, its gradient, AdamW's two moments, and the best one so far.
-ADAPTER_COPIES = 5
+# Float32 arrays of logits per target, and at most of chunks of token_logps: MLX runs chunks ahead.
+SFT_LOGITS, CHECKPOINTED_LOGITS, GRPO_LOGITS = (3.0, 13.0), (2.4, 12.0), (3.3, 10.5)
+# Tokens of the shortest prompt, which are no targets of SFT.
+PROMPT_TOKENS = 20
+# A new gradient, the gradient so far, and what the kept step holds: weights, two moments, the best.
+ADAPTER_COPIES = 6
+# Layers' worth of temporaries in the backward pass; checkpointing computes a layer again.
+BACKWARD_LAYERS, CHECKPOINTED_LAYERS = 1.0, 2.5
+# Float32 arrays of one row of logits per sequence while sampling.
+SAMPLING_ARRAYS = 4
+# Host memory of a compiled step, per layer and batch shape; a padded length has about 3 shapes.
+COMPILED_LAYER, SHAPES_PER_LENGTH = 420_000, 3
+# Python, MLX, transformers and Qwen3's tokenizer.
+PROCESS = 250_000_000
+# mlx-lm's key-value caches grow in steps of so many tokens.
+CACHE_STEP = 256
+
+
+class Quantization(NamedTuple):
+    """Bits per weight; each group of weights has a scale and a bias in the compute dtype."""
+
+    bits: int
+    group: int = QUANT_GROUP
 
 
 @dataclass(frozen=True)
@@ -30,17 +49,19 @@ class Shape:
     layers: int
     hidden: int
     ffn: int
-    query: int  # attention heads × head size
+    query: int  # attention heads x head size
     key_value: int
     heads: int
     vocabulary: int
     tied: bool
+    quantization: Quantization | None = None  # of the base's own files
 
     @classmethod
     def of(cls, config: dict) -> "Shape":
         """From a config.json of the supported architectures."""
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         head = config.get("head_dim") or hidden // heads
+        packed = config.get("quantization")
         return cls(
             config["num_hidden_layers"],
             hidden,
@@ -50,6 +71,7 @@ class Shape:
             heads,
             config["vocab_size"],
             config.get("tie_word_embeddings", True),
+            Quantization(packed["bits"], packed["group_size"]) if packed else None,
         )
 
     def projections(self) -> dict[str, tuple[int, int]]:
@@ -65,81 +87,165 @@ class Shape:
             "down_proj": (ffn, hidden),
         }
 
+    def linear(self, names: Collection[str]) -> int:
+        """Weights of these linear maps in all layers."""
+        return self.layers * sum(a * b for n, (a, b) in self.projections().items() if n in names)
+
     def parameters(self) -> int:
         """Weights of the embedding, the head and the linear maps; norms do not count."""
-        linear = self.layers * sum(a * b for a, b in self.projections().values())
-        return linear + self.vocabulary * self.hidden * (1 if self.tied else 2)
+        embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
+        return embeddings + self.linear(self.projections())
 
-    def adapter(self, rank: int, targets) -> int:
-        """LoRA weights."""
+    def weights(
+        self, width: int, quantization: Quantization | None, fused: Collection[str] = ()
+    ) -> float:
+        """Bytes of `parameters`.
+
+        Args:
+            width: bytes of a number in the compute dtype.
+            fused: linear maps with an adapter fused in, which leaves them unquantised.
+        """
+        full = self.linear(fused)
+        rest = self.parameters() - full
+        if not quantization:
+            return width * (full + rest)
+        return width * full + (quantization.bits / 8 + 2 * width / quantization.group) * rest
+
+    def adapter(self, rank: int, targets: Collection[str]) -> int:
+        """Weights of a LoRA adapter."""
         return self.layers * rank * sum(sum(self.projections()[name]) for name in targets)
 
-    def activations(self, tokens: int, length: int, checkpointing: bool) -> int:
-        """Numbers kept for the backward pass of `tokens` tokens in rows of `length`."""
-        layer = 6 * self.hidden + 5 * self.ffn + 3 * (self.query + self.key_value)
-        layer += self.heads * length  # attention scores, where no fused kernel makes them again
-        if checkpointing:
-            return tokens * (self.layers * self.hidden + layer)
-        return tokens * self.layers * layer
+    def layer(self, tokens: int, length: int, width: int) -> int:
+        """Bytes that one layer keeps for the backward pass of `tokens` tokens in rows of `length`."""
+        # Inputs of norms and LoRA layers, both halves of SwiGLU, queries, keys and values.
+        numbers = 4 * self.hidden + 5 * self.ffn + 3 * (self.query + self.key_value)
+        # Attention weights are float32, where no fused kernel makes them again.
+        return tokens * (width * numbers + 4 * self.heads * length)
 
-    def cache(self, tokens: int) -> int:
-        """Keys and values of `tokens` tokens while decoding."""
-        return 2 * tokens * self.layers * self.key_value
+    def backward(self, tokens: int, length: int, width: int, checkpointing: bool) -> float:
+        """Bytes kept for the backward pass (with checkpointing, the layers' inputs) and temporary."""
+        layer = self.layer(tokens, length, width)
+        if checkpointing:
+            return self.layers * width * tokens * self.hidden + CHECKPOINTED_LAYERS * layer
+        return (self.layers + BACKWARD_LAYERS) * layer
+
+    def cache(self, rows: int, length: int, width: int) -> int:
+        """Bytes of the keys and values of `rows` sequences while decoding."""
+        length = -(-length // CACHE_STEP) * CACHE_STEP
+        return 2 * rows * length * self.layers * self.key_value * width
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes, by what holds them."""
+    """Bytes, by what holds them. The first four make up MLX's peak; the others are resident besides."""
 
     weights: float
     adapter: float
     activations: float
     logits: float
+    buffers: float = 0.0  # freed, kept for reuse
+    compiled: float = 0.0
+    process: float = PROCESS
 
     @property
-    def total(self) -> float:
+    def peak(self) -> float:
+        """Comparable with mx.get_peak_memory()."""
         return self.weights + self.adapter + self.activations + self.logits
+
+    @property
+    def resident(self) -> float:
+        """Of the process as the system sees it, at most; MLX frees its buffers when memory is short."""
+        return self.peak + self.buffers + self.compiled + self.process
 
     def __str__(self) -> str:
         return (
-            f"about {self.total / GB:.1f} GB: weights {self.weights / GB:.1f}, adapter and "
+            f"about {self.peak / GB:.1f} GB: weights {self.weights / GB:.1f}, adapter and "
             f"optimiser {self.adapter / GB:.1f}, activations {self.activations / GB:.1f}, logits "
-            f"{self.logits / GB:.1f}"
+            f"{self.logits / GB:.1f}; up to {self.resident / GB:.1f} GB resident with buffers for "
+            f"reuse {self.buffers / GB:.1f}, compiled steps {self.compiled / GB:.1f}, Python "
+            f"{self.process / GB:.1f}"
         )
 
 
-def estimate(stage: str, config: Config, shape: Shape, length: int, width: int) -> Estimate:
-    """The peak of a run.
+def estimate(
+    stage: str,
+    config: Config,
+    shape: Shape,
+    longest: int,
+    width: int,
+    *,
+    bits: int | None = None,
+    fused: Collection[str] = (),
+) -> Estimate:
+    """Estimate the memory of a run.
 
     Args:
-        length: tokens of the longest row (sft) or prompt (grpo).
-        width: bytes of a number in the device's dtype.
+        longest: tokens of the longest row (sft) or prompt (grpo).
+        width: bytes of a number in the compute dtype.
+        bits: for grpo, bits per weight of the base that SFT quantised.
+        fused: for grpo, the linear maps that the SFT adapter changes; they are not quantised.
     """
-    training = config.training
-    # For grpo the SFT adapter is fused, and with it every layer that was quantised.
-    bits = config.model.bits if stage == "sft" else None
-    # A quantised group has a scale and a bias.
-    per_weight = bits / 8 + 2 * width / QUANT_GROUP if bits else width
-    rows = training.batch_size
     if stage == "sft":
-        logit_rows, cache = rows * length, 0
-        tokens, checkpointing = rows * length, training.gradient_checkpointing
+        bits, fused = config.model.bits, ()
+        activations, logits = sft_step(config, shape, longest, width)
+        lengths = {round_width(length) for length in range(1, longest + 1)}
+        compiled = COMPILED_LAYER * shape.layers * SHAPES_PER_LENGTH * len(lengths)
     else:
-        # Rollouts and updates take turns: the cache of one, the activations of the other.
-        settings = config.grpo
-        completions = rows * training.gradient_accumulation_steps
-        decoded = min(settings.rollout_batch_size, completions)
-        logit_rows = max(decoded, rows * settings.max_completion_length)
-        length += settings.max_completion_length
-        tokens, checkpointing = rows * length, False
-        cache = shape.cache(decoded * length)
-    logits = min(LOGIT_ARRAYS * logit_rows * shape.vocabulary, LOGIT_ARRAYS_AHEAD * LOGIT_BUDGET)
+        # Rollouts and updates take turns.
+        activations, logits = max(
+            rollout(config, shape, longest, width), update(config, shape, longest, width), key=sum
+        )
+        compiled = 0
+    quantization = shape.quantization or (Quantization(bits) if bits else None)
+    adapter = shape.adapter(config.lora.rank, config.lora.target_modules)
     return Estimate(
-        weights=shape.parameters() * per_weight,
-        adapter=4 * ADAPTER_COPIES * shape.adapter(config.lora.rank, config.lora.target_modules),
-        activations=width * max(cache, shape.activations(tokens, length, checkpointing)),
-        logits=4 * logits,
+        weights=shape.weights(width, quantization, fused),
+        # A narrower compute dtype casts the adapter.
+        adapter=adapter * (4 * ADAPTER_COPIES + (width if width < 4 else 0)),
+        activations=activations,
+        logits=logits,
+        buffers=cache_limit(),
+        compiled=compiled,
     )
+
+
+def sft_step(config: Config, shape: Shape, longest: int, width: int) -> tuple[float, float]:
+    """Bytes of the activations and logits of one SFT micro-batch."""
+    rows, checkpointing = config.training.batch_size, config.training.gradient_checkpointing
+    length = round_width(longest - 1)
+    targets = round_targets(rows * max(longest - PROMPT_TOKENS, 1), rows, length)
+    logits = logit_bytes(
+        targets, shape.vocabulary, width, *(CHECKPOINTED_LOGITS if checkpointing else SFT_LOGITS)
+    )
+    return shape.backward(rows * length, length, width, checkpointing), logits
+
+
+def update(config: Config, shape: Shape, longest: int, width: int) -> tuple[float, float]:
+    """Bytes of the activations and logits of one GRPO micro-batch; completions share prompts."""
+    training, settings = config.training, config.grpo
+    completed = training.batch_size * settings.max_completion_length
+    step = training.batch_size * training.gradient_accumulation_steps
+    prompts = min(training.batch_size, step // settings.num_generations)
+    length = longest + settings.max_completion_length
+    logits = logit_bytes(completed, shape.vocabulary, width, *GRPO_LOGITS)
+    tokens = completed + prompts * longest
+    return shape.backward(tokens, length, width, checkpointing=False), logits
+
+
+def logit_bytes(targets: int, vocabulary: int, width: int, arrays: float, limit: float) -> float:
+    """Bytes of `arrays` float32 arrays of all targets' logits, or `limit` of a chunk's."""
+    if width < 4:  # the head's own output and its gradient come on top
+        arrays += 2 * width / 4
+    return 4 * min(arrays * targets * vocabulary, limit * LOGIT_BUDGET)
+
+
+def rollout(config: Config, shape: Shape, longest: int, width: int) -> tuple[float, float]:
+    """Bytes of the key-value cache and the logits while decoding, in training or evaluation."""
+    training, settings = config.training, config.grpo
+    step = training.batch_size * training.gradient_accumulation_steps
+    rows = min(settings.rollout_batch_size, max(step, settings.eval_prompts))
+    cache = shape.cache(rows, longest + settings.max_completion_length, width)
+    return cache, rows * shape.vocabulary * (width + 4 * SAMPLING_ARRAYS)
 
 
 def installed() -> int:
@@ -154,8 +260,8 @@ def peak_resident() -> int:
 
 
 def recommended() -> int:
-    """Bytes that the device recommends to stay under; without a word from it, the machine's memory."""
-    return mx.device_info().get("max_recommended_working_set_size", installed())
+    """Bytes that the device recommends to stay under, or the machine's memory."""
+    return recommended_memory() or installed()
 
 
 def cache_limit() -> int:
@@ -189,27 +295,31 @@ def savings(stage: str, config: Config) -> Iterator[tuple[Config, dict[str, obje
 
 
 def preflight(stage: str, config: Config, chain: Chain, longest: int) -> tuple[str, str | None]:
-    """What a run will need, in one line; and a warning with a proposal when it is too much.
+    """Describe the estimate in one line; warn with a proposal if the device has too little memory.
 
     Args:
-        chain: what the run starts from.
+        chain: the model that the run starts from.
         longest: tokens of the longest row (sft) or prompt (grpo).
 
     Raises:
         ModelError: the base's config.json cannot be used.
     """
-    shape, width, limit = Shape.of(model_config(chain.path)), compute_dtype().size, recommended()
+    shape, limit = Shape.of(model_config(chain.path)), recommended()
+    bits, fused, width = chain.bits, chain.adapted_layers(), compute_dtype().size
 
-    needed = estimate(stage, config, shape, longest, width)
+    def needs(settings: Config) -> Estimate:
+        return estimate(stage, settings, shape, longest, width, bits=bits, fused=fused)
+
+    needed = needs(config)
     line = f"memory: {needed}; the device recommends up to {limit / GB:.1f} GB"
-    if needed.total <= limit:
+    if needed.peak <= limit:
         return line, None
     warning = (
-        f"this run needs about {needed.total / GB:.1f} GB, more than the {limit / GB:.1f} GB that "
+        f"this run needs about {needed.peak / GB:.1f} GB, more than the {limit / GB:.1f} GB that "
         "the device recommends: "
     )
     for smaller, changes in savings(stage, config):
-        if (less := estimate(stage, smaller, shape, longest, width).total) <= limit:
+        if (less := needs(smaller).peak) <= limit:
             sets = " ".join(f"--set {name}={str(value).lower()}" for name, value in changes.items())
             return line, f"{warning}about {less / GB:.1f} GB with {sets}"
     return line, f"{warning}choose a smaller base model"

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from expander.cli import Interrupted, duration
 from expander.config import Config, load_config, same_settings, to_yaml
 from expander.files import json_digest, read_json, write_json, write_text
-from expander.model import adapter_weights, add_lora, lora_config, save_adapter
+from expander.model import adapter_weights, add_lora, lora_config, save_adapter, wire_memory
 from expander.train import distributed
 from expander.train.checkpoint import Checkpoints
 from expander.train.lock import Lock
@@ -127,6 +127,7 @@ class Run:
         if distributed.is_main():
             self._check_folder()
         mx.set_cache_limit(cache_limit())
+        wire_memory()
         mx.reset_peak_memory()
 
     # Starting
