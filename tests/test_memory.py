@@ -1,6 +1,8 @@
 """memory.py: hand-worked sizes of a small Qwen3, and what is proposed when the device is too small."""
 
 import json
+import re
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -262,3 +264,37 @@ def test_an_estimate_reads_as_one_line():
         "8.8 GB resident"
     )
     assert "buffers for reuse 2.1" in text and "compiled steps 0.4" in text and "\n" not in text
+
+
+# The README's table
+
+QWEN3 = {
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+SIZES = {
+    "Qwen3-0.6B": {"hidden_size": 1024, "intermediate_size": 3072},
+    "Qwen3-1.7B": {"hidden_size": 2048, "intermediate_size": 6144},
+}
+ROW = re.compile(
+    r"^\| \d+ GB \| (\S+) \| (.+) \| ([\d.]+), ([\d.]+) \| ([\d.]+), ([\d.]+) \|$", re.M
+)
+
+
+def test_the_readme_has_the_estimates_in_bfloat16(monkeypatch):
+    monkeypatch.setattr(memory, "cache_limit", lambda: 2 << 30)
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    rows = ROW.findall(readme)
+    assert len(rows) == 3
+    for model, options, *figures in rows:
+        settings = re.findall(r"--set ([^ `]+)", options)
+        shape, found = Shape.of(QWEN3 | SIZES[model]), []
+        for stage, changes, longest in (("sft", settings, 512), ("grpo", [], 64)):
+            config, _ = load_config(stage, None, changes)
+            result = estimate(stage, config, shape, longest, width=2)
+            found += [f"{result.peak / 1e9:.1f}", f"{result.resident / 1e9:.1f}"]
+        assert figures == found, model
