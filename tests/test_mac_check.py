@@ -48,13 +48,15 @@ def test_the_report_has_the_machine_the_figures_and_the_failures(project):
     assert lines[0] == lines[-1] == "```"
     assert [line.split()[0] for line in lines[1:3]] == ["system", "device"]
     assert any(line.strip().startswith("device_name ") for line in lines)
+    assert any("mlxrl 0.2.4" in line and "0.283" in line for line in lines)
 
     figures = r"(?P<steps>\d+\.\d{3}) +(?P<tokens>\d+) +(?P<peak>\d+\.\d)"
     for weights in ("full", "4-bit"):
-        for stage in ("sft", "grpo"):
-            (row,) = (x for x in lines if re.match(rf"  tiny-qwen3 +{weights} +{stage} ", x))
+        for run in ("sft", "grpo", "grpo 4 x 256"):
+            (row,) = (x for x in lines if re.match(rf"  tiny-qwen3 +{weights} +{run}  ", x))
             match = re.search(figures + "$", row)
             assert float(match["steps"]) > 0 and int(match["tokens"]) > 0
+        assert any(re.match(rf"  tiny-qwen3 +{weights} +decoding +[1-9]", x) for x in lines)
         (failure,) = (
             x for x in lines if x.startswith(f"failed   empty {weights} sft: exit code 2")
         )
