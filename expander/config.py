@@ -452,7 +452,7 @@ def _read_set(setting: str) -> dict:
     dotted, equals, text = setting.partition("=")
     names = dotted.strip().split(".")
     if not equals or not all(names):
-        raise ConfigError(f"--set {setting}: expected section.key=value")
+        raise ConfigError(f"--set {setting:.80}: expected section.key=value")
     try:
         value = _parse_yaml(text)
     except ConfigError as error:
@@ -519,7 +519,7 @@ def load_config(
     shipped = CONFIGS / f"{stage}.yaml"
     path = shipped if path is None else Path(path)
     user_layers = [(str(path), _read_yaml(path))]
-    user_layers += [(f"--set {setting}", _read_set(setting)) for setting in settings]
+    user_layers += [(f"--set {setting:.80}", _read_set(setting)) for setting in settings]
     defaults = [] if path.resolve() == shipped else [(str(shipped), _read_yaml(shipped))]
 
     values, problems = _other_defaults(stage), []

@@ -32,6 +32,8 @@ def expand_path(text: str) -> str:
     """
     if not text.strip():
         raise ValueError("the name is empty")
+    if len(text) > 1000:
+        raise ValueError(f"{text[:40]!r}... has {len(text)} characters, more than a path can have")
     if any(ord(char) < 32 for char in text):
         raise ValueError(f"{text!r} contains a control character")
     path = os.path.expandvars(os.path.expanduser(text))  # noqa: PTH111, keeps "./" and "a//b"
