@@ -51,13 +51,6 @@ def pointer_error(start: bytes) -> ValueError | None:
     return None
 
 
-def refuse_pointer(path: Path) -> None:
-    """Raise ValueError if the file is a Git LFS pointer; a missing file is none."""
-    with suppress(OSError), path.open("rb") as file:
-        if error := pointer_error(file.read(len(LFS_POINTER) + 3)):
-            raise ValueError(f"{path}: {error}")
-
-
 def fsync(path: Path) -> None:
     """Flush a file to the drive."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -135,6 +135,8 @@ def test_a_file_that_is_no_results_file(content, message, tmp_path):
         ('"query": "one"', '"query": null', "results[0].query is None"),
         ('"query": "two"', '"query": "one\\u200b"', "a query is in it twice"),
         ('"model": {"name": "outputs/sft"}', '"model": []', "model is []"),
+        ('"name": "outputs/sft"', '"adapters_sha256": []', "model.adapters_sha256 is []"),
+        ('"decode"', '"seed": "1", "decode"', "seed is '1'"),
         ('"decode"', '"retrieval": [1], "decode"', "retrieval is not an object"),
         ('"decode"', '"retrieval": {"vault": {}}, "decode"', "retrieval.vault.embedder is missing"),
     ],
@@ -147,6 +149,17 @@ def test_a_damaged_results_file_is_an_error_that_names_the_value(old, new, fault
     with pytest.raises(ValueError) as caught:
         read_results(path)
     assert f"{path}: " in str(caught.value) and fault in str(caught.value)
+
+
+def test_points_below_zero_are_read(tmp_path):
+    """Each filler line costs 3 points of the quality."""
+    filler = "".join(f"lex: basics {n}\n" for n in range(9))
+    one = record({"one": 50.0})
+    one["results"][0]["samples"] = [measure("one", filler)]
+    assert one["results"][0]["samples"][0]["score"]["quality"] < 0
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(one), encoding="utf-8")
+    assert read_results(path) == one
 
 
 def test_queries_are_paired_by_their_visible_text():

@@ -22,7 +22,6 @@ from expander.files import (
     expand_path,
     parse_json,
     read_json,
-    refuse_pointer,
     save_arrays,
     write_json,
     write_rows,
@@ -268,16 +267,6 @@ def test_plain_json_is_read_and_other_values_than_objects_are_refused(tmp_path):
         read_json(path)
     with pytest.raises(ValueError, match="cannot be read"):
         read_json(tmp_path / "none.json")
-
-
-def test_a_pointer_in_place_of_weights_is_named(tmp_path):
-    path = tmp_path / "model.safetensors"
-    path.write_bytes(POINTER)
-    with pytest.raises(ValueError, match=r"model\.safetensors: a Git LFS pointer.*git lfs pull"):
-        refuse_pointer(path)
-    path.write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-    refuse_pointer(path)
-    refuse_pointer(tmp_path / "none")
 
 
 # macOS and network drives

@@ -37,7 +37,9 @@ SHAPE = {
         }
     ],
 }
-# Of each collection under "retrieval", which a file of an earlier version does not have.
+# Of the keys that not every file has: those of earlier versions, and of expansions that were only scored.
+OPTIONAL = {"seed": (int,)}
+MODEL_SHAPE = {"name": (str,), "base": (str,), "adapters_sha256": (dict,)}
 RETRIEVAL_SHAPE = {"embedder": (str,), "per_query": [{"id": (str,), "expanded": NUMBER}]}
 
 
@@ -95,7 +97,11 @@ def read_results(path: Path) -> dict:
         raise ValueError(
             f"{path}: the results are incomplete or damaged: retrieval is not an object"
         )
-    shape = SHAPE | {"retrieval": dict.fromkeys(retrieval, RETRIEVAL_SHAPE)} if retrieval else SHAPE
+    shape = SHAPE | {key: types for key, types in OPTIONAL.items() if key in record}
+    if retrieval:
+        shape["retrieval"] = dict.fromkeys(retrieval, RETRIEVAL_SHAPE)
+    if isinstance(named := record.get("model"), dict):
+        shape["model"] = {key: types for key, types in MODEL_SHAPE.items() if key in named}
     fault = next(_faults(record, shape, ""), None) or next(_value_faults(record), None)
     if fault:
         raise ValueError(
