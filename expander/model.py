@@ -43,6 +43,7 @@ DOWNLOADS = ["*.json", "model*.safetensors", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 QUANT_GROUP = 64
 WIRED_SHARE = 0.95  # of the recommended memory; more than the system's limit is an error
+READ_BY_MLX_LM = ("generation_config.json", "hf_quant_config.json")
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,9 @@ def model_config(path: Path) -> dict:
     file = path / "config.json"
     try:
         config = read_base_config(read_json(file))
+        for other in READ_BY_MLX_LM:
+            if (path / other).is_file():
+                read_json(path / other)
         tensors = read_tensors(path)
         check_against_weights(config, {name: tensor.shape for name, tensor in tensors.items()})
         head, embedding = (tensors.get(f"{x}.weight") for x in ("lm_head", "model.embed_tokens"))
@@ -265,7 +269,7 @@ def model_config(path: Path) -> dict:
         raise
     except ValueError as error:
         text = str(error)
-        raise ModelError(text if str(file) in text else f"{file}: {text}") from None
+        raise ModelError(text if text.startswith(str(path)) else f"{file}: {text}") from None
     return config
 
 
@@ -279,12 +283,13 @@ def load_tokenizer(path: Path):
 
     if not (path / "tokenizer.json").is_file():  # transformers would invent an empty tokenizer
         raise ModelError(f"{path}: no tokenizer.json in this folder")
+    if fault := find_tokenizer_fault(path):
+        raise ModelError(fault)
     try:
         tokenizer = load(path)
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # whatever transformers and tokenizers raise on a damaged file
-        reason = find_tokenizer_fault(path) or f"{path}: {_first_line(error)}"
-        raise ModelError(f"the tokenizer cannot be loaded: {reason}") from None
+        raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from None
     size = model_config(path)["vocab_size"]
     if largest >= size:
         raise ModelError(

@@ -1,6 +1,7 @@
-"""Why a folder's tokenizer cannot be loaded: the file and the key at fault.
+"""The faults in a folder's tokenizer files that can be told by the file and the key.
 
-transformers and tokenizers report a damaged file with an error of their parser, which names neither.
+transformers loads a tokenizer.json without a vocabulary as an empty tokenizer, and reports other damage
+with an error of its parser, which names neither.
 """
 
 from collections.abc import Callable
@@ -10,8 +11,10 @@ from expander.files import read_json
 
 
 def _ids(vocabulary: object) -> bool:
-    return isinstance(vocabulary, dict) and all(
-        type(x) is int and x >= 0 for x in vocabulary.values()
+    return (
+        isinstance(vocabulary, dict)
+        and bool(vocabulary)
+        and all(type(x) is int and x >= 0 for x in vocabulary.values())
     )
 
 
@@ -49,7 +52,6 @@ KEYS = {
         ("", "pad_token"): (_a(str, dict, NULL), "a token"),
     },
     "special_tokens_map.json": {},
-    "generation_config.json": {},
 }
 
 

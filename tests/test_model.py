@@ -373,6 +373,93 @@ def test_a_model_that_is_not_chatml_is_refused(tiny_llama, tmp_path):
         models.end_token(models.load_tokenizer(folder))
 
 
+def damaged(folder: Path, match: str) -> None:
+    """Loading the model in a folder fails in one line that matches."""
+    with pytest.raises(ModelError, match=match) as caught:
+        models.load_chain(models.read_chain(str(folder)))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+)
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", '{"a": ' * 10**5, "\ufeff{}"])
+def test_a_file_that_is_not_a_json_object_is_named(file, content, tiny_qwen3, tmp_path):
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "m")
+    (folder / file).write_text(content)
+    damaged(folder, rf"m/{file}: ")
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "match"),
+    [
+        ("config.json", {"hidden_size": "64"}, r"config\.json: hidden_size is '64'"),
+        (
+            "config.json",
+            {"num_hidden_layers": 10**9},
+            r"config\.json: num_hidden_layers is 1000000000",
+        ),
+        ("config.json", {"num_hidden_layers": 3000}, "but the weights have 2 layers"),
+        ("config.json", {"num_attention_heads": 0}, r"config\.json: num_attention_heads is 0"),
+        ("config.json", {"quantization": {"bits": 4}}, r"config\.json: quantization\.group_size"),
+        ("config.json", {"architectures": 5}, "cannot be loaded: TypeError"),
+        ("tokenizer.json", {"model": None}, r"tokenizer\.json: model is None"),
+        ("tokenizer.json", {"model": {"type": "BPE"}}, r"tokenizer\.json: model\.vocab is None"),
+        ("tokenizer.json", {"added_tokens": 5}, r"tokenizer\.json: added_tokens is 5"),
+        ("tokenizer.json", {"added_tokens": [{"id": "1"}]}, r"tokenizer\.json: added_tokens is"),
+        ("tokenizer.json", {"pre_tokenizer": []}, r"tokenizer\.json: pre_tokenizer is \[\]"),
+        ("tokenizer_config.json", {"added_tokens_decoder": 5}, "added_tokens_decoder is 5"),
+        ("tokenizer_config.json", {"tokenizer_class": 5}, "tokenizer_class is 5"),
+        ("tokenizer.json", {"model": {"vocab": {}}}, r"tokenizer\.json: model\.vocab is \{\}"),
+        ("tokenizer.json", {"model": {"vocab": {"a": "1"}}}, r"tokenizer\.json: model\.vocab is"),
+    ],
+)
+def test_a_damaged_key_is_named(file, changes, match, tiny_qwen3, tmp_path):
+    folder = shutil.copytree(tiny_qwen3, tmp_path / "m")
+    tiny.configure(folder, file=file, **changes)
+    damaged(folder, match)
+
+
+def test_embeddings_for_fewer_ids_than_the_tokenizer_has(tiny_llama, tmp_path):
+    """MLX would read past the end of the table without an error."""
+    folder = shutil.copytree(tiny_llama, tmp_path / "m")
+    weights = dict(mx.load(str(folder / "model.safetensors")))
+    name = "model.embed_tokens.weight"
+    mx.save_safetensors(str(folder / "model.safetensors"), weights | {name: weights[name][:500]})
+    tiny.configure(folder, vocab_size=500)
+    damaged(folder, "tokenizer has ids up to 511, but config.json's vocab_size is 500")
+
+
+# A head of its own
+
+
+@pytest.mark.parametrize("make", [tiny.make_llama, tiny.make_qwen2, tiny.make_qwen3])
+@pytest.mark.parametrize("tied", [True, False])
+def test_without_the_key_the_weights_decide_whether_the_head_is_tied(make, tied, tmp_path):
+    folder = make(tmp_path, tied=tied)
+    expected = logits(models.load_base(folder))
+    tiny.configure(folder, "tie_word_embeddings")
+    assert mx.array_equal(logits(models.load_base(folder)), expected)
+    tiny.configure(folder, tie_word_embeddings=None)
+    assert mx.array_equal(logits(models.load_base(folder)), expected)
+    assert models.model_config(folder)["tie_word_embeddings"] is tied
+
+
+def test_a_tied_head_that_is_stored_as_well(tmp_path):
+    """Qwen3-1.7B's files have both; they are equal."""
+    folder = tiny.make_qwen3(tmp_path)
+    path, expected = folder / "model.safetensors", logits(models.load_base(folder))
+    weights = dict(mx.load(str(path)))
+    head = mx.array(weights["model.embed_tokens.weight"])
+    mx.save_safetensors(str(path), weights | {"lm_head.weight": head})
+    assert mx.array_equal(logits(models.load_base(folder)), expected)
+    head[7, 3] += 1e-3
+    mx.save_safetensors(str(path), weights | {"lm_head.weight": head})
+    damaged(folder, r"config\.json: tie_word_embeddings is true, but lm_head\.weight differs")
+    tiny.configure(folder, tie_word_embeddings=False)
+    models.load_base(folder)
+
+
 # The forward pass in two parts
 
 
