@@ -1,10 +1,10 @@
 """adapter_config.json: mlx-lm's keys and ours, checked; and the record of a local base model.
 
 Ours are "stage", "model", "revision", "quantize_bits", "parent" and, for a base that is a local
-folder, "base": where it is and which weights it has. A base from the Hub is identified by its commit.
+folder, "base": where it is, and by which weights, tokenizer and settings it is recognised. A base from
+the Hub is identified by its commit.
 """
 
-import math
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +14,19 @@ from expander.files import read_json
 from expander.weight_files import digest, weight_files
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
+TOKENIZER = "tokenizer.json"
 MAX_RANK = MAX_LAYERS = 1 << 12
+MAX_SCALE = 10_000
+MAX_TEXT = 1000
+# Settings of a base that its weights do not show.
+SETTINGS = (
+    "model_type",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+)
 
 OTHER_KINDS = {
     "dora": "a DoRA adapter; only LoRA adapters are supported: train with fine_tune_type lora",
@@ -24,27 +36,23 @@ OTHER_KINDS = {
 
 
 def _text(value: object) -> bool:
-    return isinstance(value, str) and value != "" and "\0" not in value
+    return isinstance(value, str) and 0 < len(value) <= MAX_TEXT and "\0" not in value
 
 
 def _integer(low: int, high: int) -> Callable[[object], bool]:
     return lambda value: type(value) is int and low <= value <= high
 
 
-def _number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _scale(value: object) -> bool:
+    return type(value) in (int, float) and 0 < value <= MAX_SCALE  # nan fails too
 
 
 def _dropout(value: object) -> bool:
-    return _number(value) and 0 <= value < 1
+    return type(value) in (int, float) and 0 <= value < 1
 
 
 def _names(value: object) -> bool:
     return isinstance(value, list) and all(map(_text, value))
-
-
-def _one_of(*values: object) -> Callable[[object], bool]:
-    return lambda value: type(value) in map(type, values) and value in values
 
 
 Rules = dict[str, tuple[Callable[[object], bool], str]]
@@ -54,14 +62,14 @@ KEYS: Rules = {
     "model": (_text, "a folder or Hub id"),
     "revision": (_text, "a commit"),
     "parent": (_text, "the folder of the adapter below"),
-    "quantize_bits": (_one_of(2, 3, 4, 5, 6, 8), "2, 3, 4, 5, 6 or 8"),
+    "quantize_bits": (lambda value: type(value) is int and value in (4, 8), "4 or 8"),
     "num_layers": (_integer(-1, MAX_LAYERS), f"an integer from -1 to {MAX_LAYERS}"),
     "lora_parameters": (lambda value: isinstance(value, dict), "an object"),
     "base": (lambda value: isinstance(value, dict), "an object"),
 }
 LORA_KEYS: Rules = {
     "rank": (_integer(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}"),
-    "scale": (_number, "a finite number"),
+    "scale": (_scale, f"a number above 0, at most {MAX_SCALE}"),
     "dropout": (_dropout, "a number from 0 to below 1"),
     "keys": (_names, "a list of layer names"),
 }
@@ -69,7 +77,8 @@ BASE_KEYS: Rules = {
     "name": (_text, "a folder"),
     "path": (_text, "a folder"),
     "relative": (_text, "a folder"),
-    "model_type": (_text, "an architecture"),
+    "tokenizer": (_text, f"the SHA-256 of {TOKENIZER}"),
+    "settings": (lambda value: isinstance(value, dict), "settings of config.json"),
     "weights": (
         lambda value: isinstance(value, dict) and all(map(_text, value.values())),
         "file names and their SHA-256",
@@ -123,19 +132,21 @@ def base_digests(base: Path) -> dict[str, str]:
     return {path.name: digest(path) for path in weight_files(base)}
 
 
-def base_record(name: str, base: Path, folder: Path, model_type: str) -> dict:
+def base_record(name: str, base: Path, folder: Path, config: dict) -> dict:
     """The "base" entry of an adapter in `folder`, trained over the local base model in `base`.
 
     Args:
         name: how the user named it, also the adapter's "model".
+        config: the base's, from `model_config`.
     """
     base = base.resolve()
     return {
         "name": name,
         "path": str(base),
         "relative": os.path.relpath(base, folder.resolve()),
-        "model_type": model_type,
         "weights": base_digests(base),
+        "tokenizer": digest(base / TOKENIZER),
+        "settings": {key: config[key] for key in SETTINGS},
     }
 
 
@@ -169,19 +180,39 @@ def find_base(config: dict, folder: Path) -> Path:
     for place, difference in zip(found, differences, strict=True):
         if difference is None:
             return place
-    raise ModelError(
-        f"{found[0]} is not the base model that {folder} was trained on: {differences[0]}; restore "
-        "it, or train again"
+    raise _other_base(found[0], folder, differences[0])
+
+
+def _other_base(base: Path, folder: Path, difference: str) -> ModelError:
+    return ModelError(
+        f"{base} is not the base model that {folder} was trained on: {difference}; restore it, or "
+        "train again"
     )
 
 
+def check_settings(config: dict, folder: Path, base: Path, base_config: dict) -> None:
+    """Compare the settings of a base with those in the record of the adapter in `folder`.
+
+    Raises:
+        ModelError: they differ.
+    """
+    for key, value in (config["base"].get("settings") or {}).items():
+        if (now := base_config.get(key)) != value:
+            difference = f"{key} in config.json is {now!r:.40}, expected {value!r:.40}"
+            raise _other_base(base, folder, difference)
+
+
 def _difference(base: Path, record: dict) -> str | None:
-    """The first difference between a base model's weight files and its record."""
+    """The first difference between a base model's files and their record."""
     expected, names = record["weights"], {path.name for path in weight_files(base)}
     if missing := sorted(expected.keys() - names):
         return f"it has no {missing[0]}"
     if added := sorted(names - expected.keys()):
         return f"it also has {added[0]}"
+    if record.get("tokenizer"):
+        if not (base / TOKENIZER).is_file():
+            return f"it has no {TOKENIZER}"
+        expected = expected | {TOKENIZER: record["tokenizer"]}
     for name, sha256 in expected.items():
         if (now := digest(base / name)) != sha256:
             return f"{name} has SHA-256 {now[:12]}, expected {sha256[:12]}"

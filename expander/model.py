@@ -28,12 +28,13 @@ from expander.adapter_config import (
     OTHER_KINDS,
     base_digests,
     base_record,
+    check_settings,
     find_base,
     read_adapter_config,
 )
 from expander.base_config import ModelError, check_against_weights, read_base_config
 from expander.files import atomic_write, read_json, save_arrays, write_json
-from expander.prompt import IM_END
+from expander.prompt import IM_END, render_prompt
 from expander.queries import QUERY_DIGESTS
 from expander.tokenizer_files import find_tokenizer_fault
 from expander.weight_files import digest, equal_tensors, read_header, read_tensors
@@ -43,6 +44,7 @@ DOWNLOADS = ["*.json", "model*.safetensors", "*.txt", "*.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 QUANT_GROUP = 64
 WIRED_SHARE = 0.95  # of the recommended memory; more than the system's limit is an error
+SAMPLE = render_prompt("C++ and C#: 42 naïve cafés, don't")
 READ_BY_MLX_LM = ("generation_config.json", "hf_quant_config.json")
 
 
@@ -88,8 +90,8 @@ class Chain:
         """The entries about the base in the adapter_config.json of an adapter in `folder`."""
         entries = {"model": self.base, "revision": self.revision}
         if self.revision is None:
-            kind = model_config(self.path)["model_type"]
-            entries["base"] = base_record(self.base, self.path, folder, kind)
+            config = model_config(self.path)
+            entries["base"] = base_record(self.base, self.path, folder, config)
         return entries
 
     def describe(self) -> dict:
@@ -199,6 +201,7 @@ def read_chain(name: str, files: Sequence[str] = DOWNLOADS) -> Chain:
         raise ModelError(f"{lowest / ADAPTER_CONFIG}: does not name its base model")
     if config.get("base"):
         path = find_base(config, lowest)
+        check_settings(config, lowest, path, model_config(path))
     elif "revision" in config and revision is None and not Path(base).expanduser().is_dir():
         # Written before local bases were recorded; a repository of that name would be another model.
         raise ModelError(
@@ -277,9 +280,11 @@ def load_tokenizer(path: Path):
     """mlx-lm's tokenizer of a base model's folder.
 
     Raises:
-        ModelError: it cannot be loaded, or has ids that the model has no embedding for.
+        ModelError: it cannot be loaded, differs from the tokenizer.json that is exported, or has ids
+            that the model has no embedding for.
     """
     from mlx_lm.utils import load_tokenizer as load
+    from tokenizers import Tokenizer
 
     if not (path / "tokenizer.json").is_file():  # transformers would invent an empty tokenizer
         raise ModelError(f"{path}: no tokenizer.json in this folder")
@@ -287,9 +292,17 @@ def load_tokenizer(path: Path):
         raise ModelError(fault)
     try:
         tokenizer = load(path)
+        ids = tokenizer.encode(SAMPLE, add_special_tokens=False)
+        stored = Tokenizer.from_file(str(path / "tokenizer.json"))
+        same = ids == stored.encode(SAMPLE, add_special_tokens=False).ids
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # whatever transformers and tokenizers raise on a damaged file
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from None
+    if not same:
+        raise ModelError(
+            f"{path}: transformers tokenises a prompt otherwise than tokenizer.json, which is "
+            "exported; tokenizer_config.json contradicts it: take both from the original model"
+        )
     size = model_config(path)["vocab_size"]
     if largest >= size:
         raise ModelError(

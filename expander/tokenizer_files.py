@@ -11,11 +11,10 @@ from expander.files import read_json
 
 
 def _ids(vocabulary: object) -> bool:
-    return (
-        isinstance(vocabulary, dict)
-        and bool(vocabulary)
-        and all(type(x) is int and x >= 0 for x in vocabulary.values())
-    )
+    if not isinstance(vocabulary, dict) or not vocabulary:
+        return False
+    ids = vocabulary.values()
+    return all(type(x) is int and x >= 0 for x in ids) and len(set(ids)) == len(ids)
 
 
 def _added(tokens: object) -> bool:
@@ -34,7 +33,7 @@ NULL = type(None)
 KEYS = {
     "tokenizer.json": {
         ("", "model"): (_a(dict), "an object"),
-        ("model", "vocab"): (_ids, "an object of ids from 0"),
+        ("model", "vocab"): (_ids, "an object of distinct ids from 0"),
         ("model", "merges"): (_a(list), "a list of pairs"),
         ("", "added_tokens"): (_added, "a list of objects with id and content"),
         ("", "pre_tokenizer"): (_a(dict, NULL), "an object or null"),

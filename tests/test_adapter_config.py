@@ -60,7 +60,9 @@ def test_the_record_of_a_local_base(project):
     base = record["base"]
     assert base["path"] == str(project / "models/qwen3")
     assert base["relative"] == "../../../models/qwen3"
-    assert base["model_type"] == "qwen3" and base["name"] == "models/qwen3"
+    assert base["name"] == "models/qwen3"
+    assert base["settings"]["model_type"] == "qwen3" and base["settings"]["rope_theta"] == 1e6
+    assert base["tokenizer"] == models.digest(project / "models/qwen3/tokenizer.json")
     assert base["weights"] == read_chain("models/qwen3").base_hashes()
 
 
@@ -150,6 +152,45 @@ def test_a_base_with_other_files_is_refused(project):
     refused("outputs/sft", "it has no model.safetensors")
 
 
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"rope_theta": 10000}, "rope_theta in config.json is 10000, expected 1000000"),
+        ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling"),
+        ({"rms_norm_eps": 1e-5}, "rms_norm_eps"),
+        (
+            {"num_attention_heads": 2, "head_dim": 32, "num_key_value_heads": 1},
+            "num_attention_heads",
+        ),
+    ],
+)
+def test_the_same_weights_with_other_settings_are_another_base(project, changes, named):
+    base = tiny.configure(project / "models" / "qwen3", **changes)
+    if "head_dim" in changes:  # or the head norms would show it
+        weights = dict(mx.load(str(base / "model.safetensors")))
+        for name in [name for name in weights if "self_attn" in name and "_norm" in name]:
+            weights[name] = mx.concatenate([weights[name]] * 2)
+        mx.save_safetensors(str(base / "model.safetensors"), weights)
+        for folder in ("outputs/sft", "outputs/grpo/sft"):
+            record = read_adapter_config(project / folder)["base"]
+            edit(project / folder, base=record | {"weights": read_chain(str(base)).base_hashes()})
+    refused("outputs/grpo", f"qwen3 is not the base model that .*: {named}")
+
+
+def test_a_setting_that_has_only_moved_is_the_same(project):
+    rope = {"rope_theta": 1000000.0, "rope_type": "default"}
+    base = project / "models" / "qwen3"
+    tiny.configure(base, "rope_theta", "rope_scaling", rope_parameters=rope)
+    models.load_chain(read_chain("outputs/grpo"))
+
+
+def test_another_tokenizer_is_another_base(project):
+    tiny.configure(project / "models" / "qwen3", file="tokenizer.json", version="1.1")
+    refused("outputs/sft", "tokenizer.json has SHA-256")
+    (project / "models" / "qwen3" / "tokenizer.json").unlink()
+    refused("outputs/sft", "it has no tokenizer.json")
+
+
 def test_hidden_files_in_a_base_do_not_matter(project):
     for name in ("._model.safetensors", ".DS_Store", "._config.json"):
         (project / "models" / "qwen3" / name).write_bytes(b"\0\5\26\7")
@@ -214,6 +255,9 @@ def test_a_damaged_record_is_named(project, changes, message):
         ("rank", None),
         ("scale", math.nan),
         ("scale", math.inf),
+        ("scale", 0),
+        ("scale", -2.0),
+        ("scale", 10**9),
         ("scale", "2"),
         ("scale", None),
         ("dropout", 1),

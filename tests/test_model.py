@@ -420,6 +420,17 @@ def test_a_damaged_key_is_named(file, changes, match, tiny_qwen3, tmp_path):
     damaged(folder, match)
 
 
+@pytest.mark.parametrize("make", [tiny.make_llama, tiny.make_qwen2])
+def test_a_tokenizer_that_contradicts_the_exported_one(make, tmp_path):
+    folder = make(tmp_path)
+    path = folder / "tokenizer_config.json"
+    added = json.loads(path.read_text())["added_tokens_decoder"]
+    start = next(key for key, token in added.items() if token["content"] == "<|im_start|>")
+    added[start]["content"] = "<|begin|>"
+    tiny.configure(folder, file=path.name, added_tokens_decoder=added)
+    damaged(folder, r"contradicts|tokenizer has ids up to")
+
+
 def test_embeddings_for_fewer_ids_than_the_tokenizer_has(tiny_llama, tmp_path):
     """MLX would read past the end of the table without an error."""
     folder = shutil.copytree(tiny_llama, tmp_path / "m")
