@@ -241,6 +241,13 @@ def _read_adapters(folder: Path) -> tuple[list[Path], list[dict]]:
     return adapters, configs
 
 
+def _read_json(path: Path) -> dict:
+    try:
+        return read_json(path)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
+
+
 def model_config(path: Path) -> dict:
     """The config.json in a base model's folder, in the form of `read_base_config`.
 
@@ -252,10 +259,10 @@ def model_config(path: Path) -> dict:
     """
     file = path / "config.json"
     try:
-        config = read_base_config(read_json(file))
         for other in READ_BY_MLX_LM:
             if (path / other).is_file():
-                read_json(path / other)
+                _read_json(path / other)
+        config = read_base_config(_read_json(file))
         tensors = read_tensors(path)
         check_against_weights(config, {name: tensor.shape for name, tensor in tensors.items()})
         head, embedding = (tensors.get(f"{x}.weight") for x in ("lm_head", "model.embed_tokens"))
@@ -271,8 +278,7 @@ def model_config(path: Path) -> dict:
     except ModelError:
         raise
     except ValueError as error:
-        text = str(error)
-        raise ModelError(text if text.startswith(str(path)) else f"{file}: {text}") from None
+        raise ModelError(f"{file}: {error}") from None
     return config
 
 

@@ -431,6 +431,13 @@ def test_a_tokenizer_that_contradicts_the_exported_one(make, tmp_path):
     damaged(folder, r"contradicts|tokenizer has ids up to")
 
 
+def test_the_file_is_named_whatever_the_folder_is_called(tiny_qwen3, tmp_path, monkeypatch):
+    """A folder m, and a message that begins with max_position_embeddings."""
+    tiny.configure(shutil.copytree(tiny_qwen3, tmp_path / "m"), "max_position_embeddings")
+    monkeypatch.chdir(tmp_path)
+    damaged(Path("m"), r"^m/config\.json: max_position_embeddings is missing")
+
+
 def test_embeddings_for_fewer_ids_than_the_tokenizer_has(tiny_llama, tmp_path):
     """MLX would read past the end of the table without an error."""
     folder = shutil.copytree(tiny_llama, tmp_path / "m")
