@@ -24,6 +24,12 @@ MODEL_ID = "Qwen/Qwen3-1.7B"
 DATASET_ID = "tobil/qmd-query-expansion-train-v2"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The vectors of tests stay out of the user's cache."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def tiny_qwen3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random Qwen3: tied, 2 layers, about 500 tokens. Read only."""

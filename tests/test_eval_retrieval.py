@@ -20,11 +20,6 @@ QUERIES = {"q1": "brakes worn", "q2": "vehicle policy price", "q3": "heating bro
 QRELS = [("q1", "car/service", 2), ("q2", "car/insurance", 2), ("q3", "home/boiler", 2)]
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def notes(tmp_path) -> Path:
     """A judged collection of three notes, in the vault's layout."""
