@@ -153,7 +153,7 @@ def _conversation(row: dict, text_field: str, prompt_field: str) -> tuple[str, s
         return _from_rendered(row[text_field])
     known = "query + output, input + output, query + searches, messages, prompt + completion"
     filled = [name for name, value in row.items() if value is not None]
-    raise ValueError(f"no known format: found {filled}, expected one of {known}")
+    raise ValueError(f"no known format: found {filled!s:.200}, expected one of {known}")
 
 
 def _own_lines(row: dict) -> list[tuple[str, str]] | None:

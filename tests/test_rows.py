@@ -262,6 +262,13 @@ def test_joiners_and_accents_stay_as_they_are():
         assert found.query == text and found.lines == (("lex", text),)
 
 
+def test_an_error_is_short_however_long_the_row_is():
+    for row in ({"x" * 9999: 1}, {"query": QUERY, "output": [["x" * 9999, "a"]]}):
+        with pytest.raises(ValueError) as caught:
+            parse_row(row)
+        assert len(str(caught.value)) < 400
+
+
 def test_further_broken_lines_are_counted(tmp_path):
     path = jsonl(tmp_path / "rows.jsonl", "{", row("one"), "}", "[]")
     with pytest.raises(DataError, match=r"rows\.jsonl:1: .* \(and 2 more broken lines\)$"):
