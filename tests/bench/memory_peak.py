@@ -26,7 +26,6 @@ from expander.rows import Rows
 from expander.train import grpo, sft
 from expander.train.batches import Row
 from expander.train.memory import Shape, estimate, peak_resident
-from expander.train.run import Run
 from tests.chains import make_adapter
 from tests.tiny import make_qwen3
 
@@ -129,15 +128,22 @@ def measure(case: Case, base: Path) -> dict[str, float]:
             "estimate": expected.peak,
             "resident": peak_resident(),
             "resident_estimate": expected.resident - expected.buffers,  # the CPU keeps no buffers
-            **{name: value for name, value in asdict(expected).items()},
+            **asdict(expected),
         }
 
 
 def run_apart(case: Case, base: Path) -> dict[str, float]:
     """`measure` in a new process."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.bench.memory_peak", "--measure", json.dumps(asdict(case))]
-        + ["--base", str(base)],
+        [
+            sys.executable,
+            "-m",
+            "tests.bench.memory_peak",
+            "--measure",
+            json.dumps(asdict(case)),
+            "--base",
+            str(base),
+        ],
         env=os.environ | {"QMD_DTYPE": case.dtype},
         capture_output=True,
         text=True,
