@@ -383,7 +383,7 @@ def damaged(folder: Path, match: str) -> None:
 @pytest.mark.parametrize(
     "file", ["config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json"]
 )
-@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", '{"a": ' * 10**5, "\ufeff{}"])
+@pytest.mark.parametrize("content", ["", "{", "[]", "5", "null", '{"a": ' * 10**5])
 def test_a_file_that_is_not_a_json_object_is_named(file, content, tiny_qwen3, tmp_path):
     folder = shutil.copytree(tiny_qwen3, tmp_path / "m")
     (folder / file).write_text(content)
