@@ -121,7 +121,7 @@ def check(command: str, parse) -> None:
         case "mlx.distributed_config" | "mlx_lm.generate":
             check_options(arguments, program)
         case "ollama":
-            assert arguments[0] in ("create", "run")
+            assert arguments[0] in ("create", "pull", "run")
         case "ruff":
             assert arguments in (["check", "."], ["format", "--check", "."])
         case _:
