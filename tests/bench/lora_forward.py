@@ -2,10 +2,11 @@
 
     python -m tests.bench.lora_forward
 
-On a random Qwen3 of 12 layers, in float32 and in bfloat16, both with the same weights and rows. The
+On a random Qwen3, in float32 and in bfloat16, both with the same weights and rows. The
 gradients are compared with those of mlx-lm's layer in float32.
 """
 
+import argparse
 import os
 import tempfile
 import time
@@ -55,9 +56,12 @@ def flat(gradients: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=12)
+    arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         sizes = {"hidden": 512, "heads": 8, "kv_heads": 4, "head_dim": 64, "ffn": 1536}
-        path = make_qwen3(Path(folder) / "qwen3", layers=12, **sizes)
+        path = make_qwen3(Path(folder) / "qwen3", layers=arguments.layers, **sizes)
         exact = None
         for dtype in ("float32", "bfloat16"):
             os.environ["QMD_DTYPE"] = dtype
