@@ -156,6 +156,18 @@ Penalties = dataclasses.make_dataclass(
 
 
 @dataclass
+class Retrieval:
+    collections: list[str] | None
+    embedder: str
+    value: str = key(choices=("rank", "hit"))  # VALUES in expander/train/judged.py
+    full_text: float = key(minimum=0.0, maximum=1.0)
+    gain: float = key(minimum=0.0)
+    rubric: float = key(minimum=0.0)
+    rubric_cap: float = key(above=0.0, maximum=1.0)
+    lex_without_hit: float = key(minimum=0.0)
+
+
+@dataclass
 class Grpo:
     num_generations: int = key(minimum=2)
     max_completion_length: int = key(minimum=1)
@@ -168,6 +180,8 @@ class Grpo:
     scale_rewards: str = key(choices=("group", "batch", "none"))
     mask_truncated: bool
     reward: str  # a name in expander/train/rewards.py
+    retrieval: Retrieval
+    credit: str = key(choices=("completion", "line"))
     penalties: Penalties
     eval_prompts: int = key(minimum=0)
     rollout_batch_size: int = key(minimum=1)

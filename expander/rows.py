@@ -50,6 +50,7 @@ class Example:
     category: str | None = None
     intent: str | None = None
     language: str | None = None
+    passage: str | None = None  # a text that answers the query, for grpo.reward retrieval
     source: str = ""
 
     @property
@@ -201,6 +202,7 @@ def parse_row(
     if not isinstance(row, dict):
         raise ValueError(f"a row is an object, found {type(row).__name__}")
     intent, category, language = row.get("intent"), row.get("category"), row.get("language")
+    passage = row.get("passage")
     query = row["query"] if row.get("query") is not None else row.get("input")
     lines = _own_lines(row)
     if lines is None:
@@ -225,6 +227,7 @@ def parse_row(
         category=category if isinstance(category, str) else None,
         intent=intent if isinstance(intent, str) and intent else None,
         language=language if isinstance(language, str) and language else None,
+        passage=passage if isinstance(passage, str) and visible_text(passage) else None,
         source=source,
     )
 
@@ -237,7 +240,8 @@ def labels(example: Example) -> dict[str, str]:
 
 def canonical_row(example: Example) -> dict:
     """The example as a row in the canonical format, which `parse_row` reads back to an equal one."""
-    return {"query": example.query, "output": [list(x) for x in example.lines]} | labels(example)
+    row = {"query": example.query, "output": [list(x) for x in example.lines]} | labels(example)
+    return row | ({"passage": example.passage} if example.passage else {})
 
 
 def _parse_line(raw: bytes) -> object:
@@ -490,6 +494,13 @@ def split_examples(
     return train, [e for e in examples if base_query(e.query) in held]
 
 
+def sample_examples(examples: list[Example], count: int | None, seed: int) -> list[Example]:
+    """`count` examples at random; all of them if there are no more, or if `count` is None."""
+    if count is None or count >= len(examples):
+        return examples
+    return random.Random(seed).sample(examples, count)
+
+
 def named_rows(
     name: str, split: str = "train", subset: str | None = None
 ) -> Iterator[tuple[str, object]]:
@@ -549,6 +560,5 @@ def load_rows(
     else:
         train, validation = split_examples(_unique(read, seen), eval_split, seed)
     duplicates = len(read) - len(train) - len(validation)
-    if max_samples is not None and max_samples < len(train):
-        train = random.Random(seed).sample(train, max_samples)
+    train = sample_examples(train, max_samples, seed)
     return Rows(train, validation, read=len(read), duplicates=duplicates)

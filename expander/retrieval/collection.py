@@ -65,7 +65,9 @@ class Collection:
     warnings: tuple[str, ...] = ()
 
 
-def read_collection(source: str | Path, judged_only: bool | None = None) -> Collection:
+def read_collection(
+    source: str | Path, judged_only: bool | None = None, split: str = "test"
+) -> Collection:
     """Read a collection of any layout.
 
     Args:
@@ -73,6 +75,7 @@ def read_collection(source: str | Path, judged_only: bool | None = None) -> Coll
             take their queries from `SOURCE#FILE`, a QMD bench fixture or JSON Lines of the
             fixture's queries; a folder's bench.json needs no naming.
         judged_only: overrides the choice by layout (see `covers_pools_only`).
+        split: which judgements of BEIR's layout; the other layouts have only one set.
 
     Raises:
         ValueError: nothing readable there, or the first broken row as "path:line: reason".
@@ -82,11 +85,11 @@ def read_collection(source: str | Path, judged_only: bool | None = None) -> Coll
     path = Path(name).expanduser()
     fixture_path = Path(fixture).expanduser() if fixture else None
     if path.is_dir():
-        collection = _read_folder(path, fixture_path)
+        collection = _read_folder(path, fixture_path, split)
     elif path.is_file():
         collection = _read_index(path, fixture_path)
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith("."):
-        collection = _read_hub(name)
+        collection = _read_hub(name, split)
     else:
         raise ValueError(
             f"collection {name}: no such file or folder, and not a Hub id (OWNER/NAME)"
@@ -129,14 +132,14 @@ def extract_title(text: str, path: str) -> str:
 # Layouts
 
 
-def _read_folder(path: Path, fixture: Path | None) -> Collection:
+def _read_folder(path: Path, fixture: Path | None, split: str) -> Collection:
     name = path.resolve().name
     if (path / "corpus.jsonl").is_file():
         return _collection(
             name,
             _documents(file_rows(path / "corpus.jsonl"), "_id"),
             _queries(file_rows(path / "queries.jsonl"), "_id"),
-            _qrels(path / "qrels" / "test.tsv"),
+            _qrels(path / "qrels" / f"{split}.tsv"),
         )
     if (path / "docs.jsonl").is_file():
         collection = _collection(
@@ -167,7 +170,7 @@ def _read_folder(path: Path, fixture: Path | None) -> Collection:
     raise ValueError(f"collection {path}: holds {found}; expected {LAYOUTS}")
 
 
-def _read_hub(name: str) -> Collection:
+def _read_hub(name: str, split: str) -> Collection:
     try:
         return _collection(
             name,
@@ -175,7 +178,7 @@ def _read_hub(name: str) -> Collection:
             _queries(hub_rows(name, "queries", "queries"), "_id"),
             [
                 (place, *_judgement(place, row["query-id"], row["corpus-id"], row["score"]))
-                for place, row in hub_rows(f"{name}-qrels", "test")
+                for place, row in hub_rows(f"{name}-qrels", split)
             ],
         )
     except DataError as error:

@@ -237,14 +237,19 @@ class Searcher:
         self.prepare([text])
         return self._nearest.get(text, [])
 
-    def search(self, query: str, lines: Sequence[tuple[str, str]] = ()) -> list[str]:
+    def search(
+        self, query: str, lines: Sequence[tuple[str, str]] = (), full_text_only: bool = False
+    ) -> list[str]:
         """Document ids for a query and its expansion, best first: QMD's candidates for reranking.
 
         Args:
             lines: (type, text), from `searched_lines`.
+            full_text_only: leave the vectors out.
         """
-        semantic = [text for kind, text in lines if kind != "lex"]
-        self.prepare([query, *semantic])
+        semantic = [query, *(text for kind, text in lines if kind != "lex")]
+        if full_text_only:
+            semantic = []
+        self.prepare(semantic)
         # In QMD's order, which decides between equal scores.
         lists = [[document for document, _ in self.hits(query)]]
         weights = [ORIGINAL_WEIGHT]
@@ -252,6 +257,6 @@ class Searcher:
             if kind == "lex":
                 lists.append([document for document, _ in self.hits(text)])
                 weights.append(EXPANSION_WEIGHT)
-        lists += [self.nearest(text) for text in (query, *semantic)]
-        weights += [ORIGINAL_WEIGHT, *[EXPANSION_WEIGHT] * len(semantic)]
+        lists += [self.nearest(text) for text in semantic]
+        weights += [ORIGINAL_WEIGHT, *[EXPANSION_WEIGHT] * (len(semantic) - 1)][: len(semantic)]
         return [document for document, _ in fuse(lists, weights)][:CANDIDATES]

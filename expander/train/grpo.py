@@ -28,16 +28,19 @@ from expander.model import (
 from expander.queries import write_query_digests
 from expander.train import distributed
 from expander.train.inputs import Prompt, read_rows, report_memory, sft_folder, split_prompts
+from expander.train.judged import Judge, judged_rows
 from expander.train.logps import completion_logps
 from expander.train.logs import log_samples
 from expander.train.loss import grpo_loss
 from expander.train.optim import AdamW
-from expander.train.rewards import set_rewards
+from expander.train.rewards import RETRIEVAL, set_rewards
 from expander.train.rollout import (
     Rollout,
     active_tokens,
+    advantages,
     batch_share,
     complete,
+    credit_lines,
     group_metrics,
     rank_batches,
     sample,
@@ -113,7 +116,7 @@ def batch_loss(
     loss, stats = grpo_loss(
         logps,
         mask,
-        mx.array([r.advantage for r in batch]),
+        advantages(batch, width),
         old_logps=stack([r.old_logps for r in batch], width),
         ref_logps=stack([r.ref_logps for r in batch], width),
         beta=settings.beta,
@@ -217,7 +220,12 @@ def warn_of_collapse(run: Run, record: dict[str, float], warned: set[str]) -> No
 
 
 def evaluate(
-    model: nn.Module, tokenizer, prompts: Sequence[Prompt], config: Config, end: int
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    config: Config,
+    end: int,
+    judge: Judge | None = None,
 ) -> Evaluation:
     """Score greedy completions of the held-out prompts.
 
@@ -226,15 +234,16 @@ def evaluate(
     """
     model.eval()
     rollouts = complete(model, tokenizer, prompts, config, end=end)
-    set_rewards(rollouts, config.grpo)
+    set_rewards(rollouts, config.grpo, judge)
     reward = sum(r.reward for r in rollouts) / len(rollouts)
     score = 100 * sum(r.rubric for r in rollouts) / len(rollouts)
     truncated = sum(not r.finished for r in rollouts) / len(rollouts)
-    return Evaluation(
-        reward,
-        {"eval_reward": reward, "eval_score": score, "eval_truncated": truncated},
-        f"held-out {score:.1f}%, reward {reward:.3f}",
-    )
+    metrics = {"eval_reward": reward, "eval_score": score, "eval_truncated": truncated}
+    line = f"held-out {score:.1f}%, reward {reward:.3f}"
+    if judge:
+        metrics["eval_gain"] = sum(r.finding.gain for r in rollouts) / len(rollouts)
+        line += f", gain {metrics['eval_gain']:+.4f}"
+    return Evaluation(reward, metrics, line)
 
 
 def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
@@ -243,7 +252,11 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     prompts_per_step(config)
     sft = sft_folder(config)
     check_output(config)
-    rows = read_rows(config)
+    judge = None
+    if settings.reward == RETRIEVAL:
+        rows, judge = judged_rows(config)
+    else:
+        rows = read_rows(config)
     chain = read_chain(str(sft))
     tokenizer = load_tokenizer(chain.path)
     end = end_token(tokenizer)
@@ -251,15 +264,20 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     order = PromptOrder(prompts, config)
     run = Run(config, "grpo", total_steps(config, order.steps_per_epoch), resume, overwrite)
     report_memory("grpo", config, chain, max(len(ids) for _, ids in prompts))
+    pinned = [prompts, held_out]
+    if judge:
+        pinned.append(judge.bare())  # another document, or another vector, would change it
     run.pin_inputs(
         model=(f"model.sft {sft} or its base", chain.describe() | chain.base_hashes()),
-        data=(f"the data of {config.dataset.name}", [prompts, held_out]),
+        data=(f"the data of {config.dataset.name}", pinned),
     )
 
     mx.random.seed(training.seed)
     model, _ = load_chain(chain, fuse_last=True)
     adapter_config, optimizer = run.add_adapter(model)
-    evaluation = partial(evaluate, model, tokenizer, held_out, config, end) if held_out else None
+    evaluation = None
+    if held_out:
+        evaluation = partial(evaluate, model, tokenizer, held_out, config, end, judge)
     warned: set[str] = set()
     print(
         f"GRPO from {sft}: {len(prompts)} prompts, {run.total} steps of {order.per_step} x {group} "
@@ -276,25 +294,30 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
             run.begin_step()
             # 1. Sample a group of completions for each prompt.
             rollouts = sample(model, tokenizer, order[step], config, step=step, end=end)
+            sampled = time.monotonic()
             # 2. Score them. 3. Compare each with its group.
-            set_rewards(rollouts, settings)
+            set_rewards(rollouts, settings, judge)
             set_advantages(rollouts, group, settings.scale_rewards)
+            if settings.credit == "line":
+                credit_lines(rollouts, tokenizer, settings.retrieval.gain)
             batches = rank_batches(rollouts, config)
+            scored = time.monotonic()
             # 4. Reference log-probabilities: the same model with the adapter off.
             if settings.beta:
                 with adapters_off(model):
                     set_logps(model, batches, config.generation.temperature, "ref_logps")
             if settings.num_iterations > 1:
                 set_logps(model, batches, config.generation.temperature, "old_logps")
-            sampled = time.monotonic()
+            referenced = time.monotonic()
             # 5. Follow the policy gradient.
             sums = update(model, optimizer, batches, rollouts, config)
             ended = time.monotonic()
 
             record = step_metrics(rollouts, sums, optimizer, group) | {
                 "epoch": round(run.step / order.steps_per_epoch, 4),
-                "rollout_seconds": sampled - started,
-                "update_seconds": ended - sampled,
+                "rollout_seconds": referenced - started,
+                "reward_seconds": scored - sampled,
+                "update_seconds": ended - referenced,
                 "tokens_per_second": sum(len(r.tokens) for r in rollouts) / (ended - started),
             }
             warn_of_collapse(run, record, warned)

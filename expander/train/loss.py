@@ -7,6 +7,8 @@ copy of the weights as the reference (the LoRA layers are switched off instead),
 sampling correction (sampling and training use the same weights in the same dtype).
 """
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 
@@ -43,6 +45,30 @@ def group_advantages(rewards, scale: str = "group") -> mx.array:
     return centred / (deviation + 1e-4)
 
 
+def line_advantages(
+    advantage: float, contributions: Sequence[float], lines: Sequence[int], deviation: float
+) -> list[float]:
+    """The advantage of each token: its completion's, plus its line's contribution.
+
+    A completion is several searches, and one bad line spoils the others. A contribution is what the
+    reward would lose without the line; divided by the deviation of the rewards, it is in the units of
+    the advantage.
+
+    Args:
+        contributions: one per line, in units of the reward.
+        lines: the line of each token, from 0.
+        deviation: standard deviation of the rewards of the step; 0 leaves contributions out.
+
+    >>> line_advantages(1.0, [0.2, -0.4], [0, 0, 1], 0.4 - 1e-4)
+    [1.5, 1.5, 0.0]
+    """
+    if not deviation:
+        return [advantage] * len(lines)
+    parts = [part / (deviation + 1e-4) for part in contributions]
+    # A token after the last line, such as the end token, has no line of its own.
+    return [advantage + (parts[line] if line < len(parts) else 0.0) for line in lines]
+
+
 def grpo_loss(
     logps: mx.array,
     mask: mx.array,
@@ -66,7 +92,7 @@ def grpo_loss(
     Args:
         logps: (B, T) log-probabilities ℓ of the completion tokens.
         mask: (B, T), 1 up to and including the end token, 0 on padding.
-        advantages: (B,).
+        advantages: (B,), or (B, T) for one per token.
         old_logps: (B, T) ℓ at sampling time; None if the rollout is used once (ρ is then 1).
         ref_logps: (B, T) ℓ of the reference; required if beta is above 0.
         loss_type: how L is averaged: "grpo" within each sequence, then over sequences; "bnpo" over
@@ -96,7 +122,8 @@ def grpo_loss(
 
     ratio = mx.exp(log_ratio)
     clipped = mx.clip(ratio, 1.0 - epsilon_low, 1.0 + epsilon_high)
-    gain = advantages.astype(mx.float32)[:, None]  # (B, 1)
+    gain = advantages.astype(mx.float32)
+    gain = gain if gain.ndim == 2 else gain[:, None]  # (B, 1) or (B, T)
     per_token = -mx.minimum(ratio * gain, clipped * gain) * mask  # (B, T)
 
     low = (ratio < 1.0 - epsilon_low) & (gain < 0)

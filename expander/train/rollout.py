@@ -15,8 +15,9 @@ from expander.config import Config
 from expander.decode import TemperatureSampler, generate, random_keys
 from expander.train import distributed
 from expander.train.inputs import Prompt
+from expander.train.judged import Finding
 from expander.train.logps import completion_logps
-from expander.train.loss import group_advantages, sample_std
+from expander.train.loss import group_advantages, line_advantages, sample_std
 from reward import LINE_TYPES, parse_expansion
 
 
@@ -31,8 +32,10 @@ class Rollout:
     text: str
     rubric: float = 0.0  # the reported score, 0 to 1
     penalties: dict[str, float] = field(default_factory=dict)
+    finding: Finding | None = None  # for grpo.reward retrieval: what its search finds
     reward: float = 0.0  # what is optimised: the base reward less the weighted penalties
     advantage: float = 0.0
+    line_advantages: list[float] | None = None  # for grpo.credit line: one per token
     old_logps: mx.array | None = field(default=None, repr=False)  # (T,)
     ref_logps: mx.array | None = field(default=None, repr=False)  # (T,)
 
@@ -89,6 +92,28 @@ def set_advantages(rollouts: Sequence[Rollout], group: int, scale: str) -> None:
         rollout.advantage = advantage
 
 
+def line_numbers(tokens: Sequence[int], tokenizer) -> list[int]:
+    """The line of each token, from 0; a token that ends a line belongs to it."""
+    numbers, line = [], 0
+    for token in tokens:
+        numbers.append(line)
+        line += tokenizer.decode([token]).count("\n")
+    return numbers
+
+
+def credit_lines(rollouts: Sequence[Rollout], tokenizer, weight: float) -> None:
+    """Set each token's advantage: its completion's, plus its line's own contribution.
+
+    Args:
+        weight: of the gain in the reward, which contributions are parts of.
+    """
+    deviation = sample_std(mx.array([[r.reward for r in rollouts]])).item()
+    for r in rollouts:
+        parts = [weight * part for part in r.finding.contributions]
+        lines = line_numbers(r.tokens, tokenizer)
+        r.line_advantages = line_advantages(r.advantage, parts, lines, deviation)
+
+
 def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
     """Batches of rollouts of similar length, each of at most `tokens` with padding (or one row)."""
     batches: list[list[Rollout]] = []
@@ -107,7 +132,9 @@ def rank_batches(rollouts: Sequence[Rollout], config: Config) -> list[list[Rollo
     `training.batch_size` completions of full length fit into memory; of shorter ones, more do.
     """
     # Without a KL term, a completion that scores as its group has no gradient.
-    useful = [r for r in rollouts if config.grpo.beta or r.advantage]
+    useful = [
+        r for r in rollouts if config.grpo.beta or r.advantage or any(r.line_advantages or ())
+    ]
     tokens = config.training.batch_size * config.grpo.max_completion_length
     return micro_batches(distributed.share_out(useful), tokens)
 
@@ -141,6 +168,13 @@ def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:
     if rows[0] is None:
         return None
     return mx.stack([mx.pad(row, (0, width - row.size)) for row in rows])
+
+
+def advantages(batch: Sequence[Rollout], width: int) -> mx.array:
+    """The advantages of a batch: (B,), or (B, width) with `grpo.credit` line."""
+    if batch[0].line_advantages is None:
+        return mx.array([r.advantage for r in batch])
+    return stack([mx.array(r.line_advantages) for r in batch], width)
 
 
 def active_tokens(rollouts: Sequence[Rollout], mask_truncated: bool) -> int:
@@ -179,6 +213,13 @@ def group_metrics(rollouts: Sequence[Rollout], group: int) -> dict[str, float]:
         "distinct_lines": sum(len(set(x)) for x in lines) / max(sum(map(len, lines)), 1),
         "quote_rate": sum('"' in r.text for r in rollouts) / len(rollouts),
     }
+    if rollouts[0].finding:
+        gains = [r.finding.gain for r in rollouts]
+        metrics["rewards/gain"] = sum(gains) / len(gains)
+        metrics["rewards/gain_better"] = sum(gain > 0 for gain in gains) / len(gains)
+        metrics["rewards/gain_worse"] = sum(gain < 0 for gain in gains) / len(gains)
+        missed = sum(r.finding.lex_without_hit for r in rollouts)
+        metrics["rewards/lex_without_hit"] = missed / len(rollouts)
     for name in rollouts[0].penalties:
         metrics[f"penalties/{name}"] = sum(r.penalties[name] for r in rollouts) / len(rollouts)
     return metrics
