@@ -6,7 +6,9 @@
 
 The faults: the query of an earlier row, lines out of order, a second hyde line, a hyde line over 200
 characters (cut after a sentence), lex lines with filler, lines that repeat the query or another line,
-lines that QMD would drop, and entities and technical terms of the query that are in no line.
+lines that QMD would drop, entities and technical terms of the query that are in no line, and lex
+lines of four words or more that do not match the row's own passage or hyde line: QMD searches for all
+words at once, so they are cut to words that the passage has.
 A row that no rule can repair, such as one whose only lex line is the query, is reported and left
 unchanged. Repaired rows are written in the canonical format, all others unchanged.
 """
@@ -26,6 +28,9 @@ from expander.files import write_rows
 from expander.prompt import TYPES, render_lines
 from expander.qmd import kept_lines
 from expander.queries import normal_query
+from expander.retrieval.collection import Document
+from expander.retrieval.index import FullTextIndex
+from expander.retrieval.passages import finds
 from expander.rows import DATA, Example, file_rows, find_files, parse_row, read_files
 from expander.text import printable
 from reward import (
@@ -39,6 +44,7 @@ from reward import (
 )
 
 HYDE_MIN, HYDE_MAX = 50, 200  # characters
+LEX_WORDS = 3  # more rarely stand in one note
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？।]")
 # Columns of other formats, which the canonical format replaces.
 REPLACED = ("input", "searches", "messages", "text", "prompt", "completion")
@@ -81,6 +87,29 @@ def fix_long_hyde(query: str, lines: Lines) -> Lines:
         else (kind, text)
         for kind, text in lines
     ]
+
+
+def fix_long_lex(query: str, lines: Lines) -> Lines:
+    """Cut long lex lines that miss the row's hyde line to the first words that are in it.
+
+    Unchanged are lines with quotes or exclusions, and those of which fewer than two words, or none of
+    the query's, would be left.
+    """
+    base, _ = only_mode(query)
+    hyde = next((text for kind, text in lines if kind == "hyde"), None)
+    if hyde is None:
+        return lines
+    index = FullTextIndex([Document("hyde", "", hyde)])
+
+    def fixed(text: str) -> str:
+        parts = text.split()
+        if len(parts) <= LEX_WORDS or '"' in text or " -" in text or finds(text, index):
+            return text
+        short = " ".join([word for word in parts if finds(word, index)][:LEX_WORDS])
+        kept = kept_lines(base, f"lex: {short}")
+        return short if kept and " " in short and not echoes(short, base) else text
+
+    return [(kind, fixed(text) if kind == "lex" else text) for kind, text in lines]
 
 
 def fix_filler(query: str, lines: Lines) -> Lines:
@@ -139,6 +168,7 @@ FIXES: dict[str, Callable[[str, Lines], Lines]] = {
     "second hyde line": fix_second_hyde,
     "long hyde": fix_long_hyde,
     "filler": fix_filler,
+    "long lex": fix_long_lex,
     "repeats the query": fix_echo,
     "entity dropped": fix_entities,
     "same line twice": fix_same_line,

@@ -1,10 +1,12 @@
-"""Score every row with the rubric of reward.py, and count the lines that QMD would drop.
+"""Score every row with the rubric of reward.py, and count the lines that QMD would not use.
 
     python dataset/score_data.py                            the rows of data/
     python dataset/score_data.py rows.jsonl --worst 20
 
-Prints, for each file, the mean and minimum percentage, the rows under 80 and the lines that QMD would
-drop; then a histogram of all rows, and the worst rows with the reasons for their deductions.
+Prints, for each file, the mean and minimum percentage, the rows under 80, the lines that QMD would
+drop, and the share of lex lines whose words are all in the row's own passage (or hyde line), and in that
+of any row: what matches no passage will hardly find a note. Then a histogram of all rows, and the worst
+rows with the reasons for their deductions.
 """
 
 import argparse
@@ -23,6 +25,7 @@ from expander.eval.report import format_sample
 from expander.prompt import render_lines
 from expander.qmd import kept_lines
 from expander.queries import base_query
+from expander.retrieval.passages import LexHits, lex_hits
 from expander.rows import DATA, Example, read_files
 from expander.text import printable, table
 from reward import score_expansion_detailed
@@ -68,12 +71,16 @@ def main() -> None:
 
     examples = read_files(args.data)
     scores = [score(example) for example in examples]
-    files: dict[str, list[tuple[float, int]]] = {}
-    for example, scored in zip(examples, scores, strict=True):
-        files.setdefault(example.source.rpartition(":")[0], []).append(scored)
-    rows = [("file", "rows", "mean", "min", f"under {MIN_SCORE}", "lines QMD drops")]
-    for name, scored in [*files.items(), ("all", scores)]:
-        points = [x for x, _ in scored]
+    measured = [(*x, hits) for x, hits in zip(scores, lex_hits(examples), strict=True)]
+    files: dict[str, list[tuple[float, int, LexHits]]] = {}
+    for example, each in zip(examples, measured, strict=True):
+        files.setdefault(example.source.rpartition(":")[0], []).append(each)
+    rows = [
+        ("file", "rows", "mean", "min", f"under {MIN_SCORE}", "QMD drops", "hit own", "hit any")
+    ]
+    for name, scored in [*files.items(), ("all", measured)]:
+        points = [x for x, _, _ in scored]
+        hits = sum((x for _, _, x in scored), LexHits())
         rows.append(
             (
                 printable(name),
@@ -81,7 +88,9 @@ def main() -> None:
                 f"{sum(points) / len(points):.1f} %",
                 f"{min(points):.1f} %",
                 str(sum(x < MIN_SCORE for x in points)),
-                str(sum(dropped for _, dropped in scored)),
+                str(sum(dropped for _, dropped, _ in scored)),
+                f"{hits.own / max(hits.lines, 1):.0%}",
+                f"{hits.any / max(hits.lines, 1):.0%}",
             )
         )
     print(table(rows), "", *histogram(x for x, _ in scores), "", sep="\n")

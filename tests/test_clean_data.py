@@ -32,6 +32,12 @@ def repaired(query: str, *lines: tuple[str, str]) -> tuple[list, list]:
             [("hyde", "auth by key"), ("hyde", "auth by card")],
             [("hyde", "auth by key")],
         ),
+        (
+            "long lex",
+            "auth config",
+            [("hyde", HYDE), ("lex", "auth provider config settings"), ("lex", "auth new file path")],
+            [("hyde", HYDE), ("lex", "provider config"), ("lex", "auth new file path")],
+        ),
         ("filler", "jazz piano", [("lex", "jazz chords overview")], [("lex", "jazz chords")]),
         (
             "repeats the query",

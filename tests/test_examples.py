@@ -14,8 +14,9 @@ import pytest
 import tiny
 import yaml
 from chains import make_chain
+from fake_endpoint import Act, ChatEndpoint
 
-from examples.notes_queries import headings, rows
+from examples.notes_queries import headings, pairs, read_notes, rows
 from examples.qmd_config import set_generate
 from expander.prompt import user_message
 
@@ -100,8 +101,8 @@ def test_every_command_as_printed(run, hub, hub_root, ollama, notes, tmp_path):
     assert ollama[1][0][0] == "/api/chat" and ollama[1][0][1]["messages"] == [message]
     assert f'+  generate: "{gguf}"' in printed["qmd_config.py"]
     assert not (home / ".config").exists()
-    assert "8 queries" in printed["notes_queries.py"]
-    assert "GRPO from outputs/published/adapters: 7 prompts, 28 steps" in printed["train.py"]
+    assert "queries for 8 of 8 notes" in printed["notes_queries.py"]
+    assert "GRPO from outputs/published/adapters: 14 prompts, 28 steps" in printed["train.py"]
     sft = json.loads((folder / "outputs/notes/sft/adapter_config.json").read_text())
     assert sft["stage"] == "grpo"  # the published adapter, which has an SFT adapter below it
     assert "golden" in printed["eval.py"]
@@ -212,8 +213,46 @@ More.
 
 
 def test_headings_that_occur_in_several_notes_are_skipped(notes, tmp_path):
-    found = rows(notes)
-    assert [row["query"] for row in found] == [f"Rotate key {n} of auth" for n in range(8)]
-    assert found[2]["output"] == [["hyde", "Every key lives for 2 days."]]
+    read = read_notes(notes)
+    found = rows(read, list(pairs(read)))
+    headings = [row for row in found if row["query"].startswith("Rotate")]
+    assert [row["query"] for row in headings] == [f"Rotate key {n} of auth" for n in range(8)]
+    assert headings[2]["output"] == [["hyde", "Every key lives for 2 days."]]
+    assert headings[2]["passage"].startswith("# Rotate key 2 of auth\n")
+    # The first sentences differ as well; "Links" is in every note.
+    assert len(found) == 16 and "Every key lives for 2 days" in [row["query"] for row in found]
     with pytest.raises(ValueError, match=r"no \.md file"):
-        rows(tmp_path / "nowhere")
+        read_notes(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no note has"):
+        rows(read, [("Links", path, "x") for path in read])
+
+
+def test_the_text_of_a_link_is_a_query_for_the_note_it_points_to(tmp_path):
+    (tmp_path / "ops").mkdir()
+    (tmp_path / ".trash").mkdir()
+    (tmp_path / ".trash" / "old.md").write_text("# Old\n\nGone.\n")
+    (tmp_path / "ops" / "keys.md").write_text("---\na: b\n---\nRotate by hand. Then rest.\n")
+    (tmp_path / "todo.md").write_text("[the key chore](ops/keys.md), [[keys|spare]], [[todo]]\n")
+    read = read_notes(tmp_path)
+    answers = {query: path.name for query, path, _ in pairs(read)}
+    assert answers["the key chore"] == answers["spare"] == answers["Rotate by hand"] == "keys.md"
+    assert "todo" not in answers  # a note that links to itself
+    assert len(read) == 2
+
+
+def test_an_endpoint_writes_queries_in_other_words(run, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "keys.md").write_text("# Keys\n\nRotate by hand.\n")
+    output = tmp_path / "notes.jsonl"
+    command = ["examples/notes_queries.py", tmp_path / "notes", "-o", output, "--model", "m"]
+    with ChatEndpoint(lambda *_: Act("- spare passwords\n- the lock")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        env = {"OPENAI_API_KEY": "sk-hidden", "NO_PROXY": "127.0.0.1"}
+        done = run([*command, "--url", f"{server.url}/v1"], env=env)
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    written = [json.loads(line)["query"] for line in output.read_text().splitlines()]
+    assert written == ["Keys", "Rotate by hand", "spare passwords", "the lock"]
+    assert "sk-hidden" not in done.stdout + done.stderr + output.read_text()
+    failed = run([*command, "--url", f"{server.url}/v1"], env=env, timeout=60)
+    assert failed.returncode == 1 and "the endpoint wrote no query" in failed.stderr

@@ -12,8 +12,9 @@ from settings import section
 from expander.config import load_config
 from expander.retrieval.collection import Document
 from expander.retrieval.index import Searcher
+from expander.retrieval.passages import passages
 from expander.rows import Example
-from expander.train.judged import Judge, by_hit, by_rank, judged_rows, ndcg, passages
+from expander.train.judged import Judge, by_hit, by_rank, judged_rows, ndcg
 from expander.train.loss import grpo_loss, line_advantages
 from expander.train.rewards import check_settings, set_rewards
 from expander.train.rollout import Rollout, advantages, credit_lines, group_metrics, line_numbers

@@ -1,8 +1,6 @@
 """Judged queries to train on: what a completion's search finds, compared with the bare query's.
 
-The judgements come from collections (`grpo.retrieval.collections`) or from the rows themselves: a
-row's passage, or else its hyde line, is a document that answers the row's query and distracts from
-every other. Nobody has to label anything.
+The judgements come from collections (`grpo.retrieval.collections`) or from the rows' own passages.
 """
 
 import math
@@ -14,6 +12,7 @@ from expander.qmd import kept_lines
 from expander.retrieval.collection import Document, read_collection
 from expander.retrieval.embed import embed_documents, read_embedder
 from expander.retrieval.index import CANDIDATES, Searcher, searched_lines
+from expander.retrieval.passages import passages
 from expander.rows import Example, Rows, sample_examples, split_examples
 from expander.train.inputs import read_rows
 
@@ -137,23 +136,6 @@ class Judge:
         lex = [line for kind, line in lines if kind == "lex"]
         missed = sum(not self._judged[query].searcher.hits(line) for line in lex)
         return Finding(whole - self._bare[query], missed / max(len(lex), 1), tuple(contributions))
-
-
-def passages(examples: Iterable[Example]) -> tuple[list[Document], dict[str, dict[str, int]]]:
-    """The passages of rows as documents, and each row's query with the grade of its own.
-
-    Rows with the same passage share a document. Left out: rows without a passage, and /only:
-    queries, which nobody types into a search.
-    """
-    ids: dict[str, str] = {}
-    grades: dict[str, dict[str, int]] = {}
-    for example in examples:
-        text = example.passage or next((t for kind, t in example.lines if kind == "hyde"), None)
-        if text is None or example.is_only:
-            continue
-        document = ids.setdefault(text, str(len(ids)))
-        grades.setdefault(example.query, {})[document] = 1
-    return [Document(name, "", text) for text, name in ids.items()], grades
 
 
 def judged_rows(config: Config) -> tuple[Rows, Judge]:
