@@ -6,7 +6,7 @@
 
 The faults: the query of an earlier row, lines out of order, a second hyde line, a hyde line over 200
 characters (cut after a sentence), lex lines with filler, lines that repeat the query or another line,
-lines that QMD would drop, entities and technical terms of the query that are in no line, and lex
+lines that QMD would drop, queries whose entities and technical terms are in no lex or vec line, and lex
 lines of four words or more that do not match the row's own passage or hyde line: QMD searches for all
 words at once, so they are cut to words that the passage has.
 A row that no rule can repair, such as one whose only lex line is the query, is reported and left
@@ -38,7 +38,6 @@ from reward import (
     echoes,
     extract_named_entities,
     find_filler,
-    keeps_entity,
     only_mode,
     words,
 )
@@ -143,23 +142,23 @@ def fix_dropped_by_qmd(query: str, lines: Lines) -> Lines:
 
 
 def fix_entities(query: str, lines: Lines) -> Lines:
-    """Prepend an entity to lex lines without one; append entities that are in no line to the first."""
-    base, only = only_mode(query)
+    """Put the query's first entity into the first lex line if no lex or vec line has any of them.
+
+    A lex line may do without: its words are ANDed, so a name in every line would only narrow them.
+    """
+    base, _ = only_mode(query)
     entities = extract_named_entities(base)
     stripped = (word.strip(".,!?:;()[]\"'") for word in base.split())
     spellings = {word.lower(): word for word in stripped if word.lower() in entities}
     at = next((i for i, (kind, _) in enumerate(lines) if kind == "lex"), None)
     if not spellings or at is None:
         return lines
-    first = next(iter(spellings.values()))
-    fixed = [
-        (kind, f"{first} {text}" if kind == "lex" and not keeps_entity(text, entities) else text)
-        for kind, text in lines
-    ]
-    kept = " ".join(text.lower() for kind, text in fixed if kind != "hyde")
-    missing = [word for lower, word in spellings.items() if lower not in kept and not only]
-    fixed[at] = ("lex", " ".join([fixed[at][1], *missing]))
-    return lines if any(echoes(text, base) for kind, text in fixed if kind == "lex") else fixed
+    kept = " ".join(text.lower() for kind, text in lines if kind != "hyde")
+    if any(lower in kept for lower in spellings):
+        return lines
+    fixed = list(lines)
+    fixed[at] = ("lex", f"{next(iter(spellings.values()))} {lines[at][1]}")
+    return lines if echoes(fixed[at][1], base) else fixed
 
 
 # Echoes are removed before entities are added: with an entity they would no longer count as echoes.

@@ -35,8 +35,8 @@ def repaired(query: str, *lines: tuple[str, str]) -> tuple[list, list]:
         (
             "long lex",
             "auth config",
-            [("hyde", HYDE), ("lex", "auth provider config settings"), ("lex", "auth new file path")],
-            [("hyde", HYDE), ("lex", "provider config"), ("lex", "auth new file path")],
+            [("hyde", HYDE), ("lex", "config provider database file"), ("lex", "auth new file path")],
+            [("hyde", HYDE), ("lex", "config provider"), ("lex", "auth new file path")],
         ),
         ("filler", "jazz piano", [("lex", "jazz chords overview")], [("lex", "jazz chords")]),
         (
@@ -60,8 +60,8 @@ def repaired(query: str, *lines: tuple[str, str]) -> tuple[list, list]:
         (
             "entity dropped",
             "memory of AWS Lambda",
-            [("lex", "raise memory limit"), ("vec", "how much memory does AWS give")],
-            [("lex", "AWS raise memory limit Lambda"), ("vec", "how much memory does AWS give")],
+            [("lex", "raise memory limit"), ("vec", "how much memory it gives")],
+            [("lex", "AWS raise memory limit"), ("vec", "how much memory it gives")],
         ),
         (
             "entity dropped",

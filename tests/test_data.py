@@ -10,6 +10,7 @@ from dataset.clean_data import remaining, repair
 from dataset.score_data import score
 from expander.nearness import near_duplicates
 from expander.queries import base_query, normal_query
+from expander.retrieval.passages import LexHits, lex_hits
 from expander.rows import read_files
 
 ROOT = Path(__file__).parents[1]
@@ -23,7 +24,7 @@ def examples():
 
 def test_every_row_scores_well_and_qmd_keeps_its_lines(examples):
     scores = [score(example) for example in examples]
-    assert len(examples) >= 800 and len({normal_query(e.query) for e in examples}) == len(examples)
+    assert len(examples) >= 2000 and len({normal_query(e.query) for e in examples}) == len(examples)
     assert sum(x for x, _ in scores) / len(scores) >= 93
     assert min(x for x, _ in scores) >= 80 and not any(dropped for _, dropped in scores)
 
@@ -44,6 +45,16 @@ def test_the_set_is_balanced(examples):
     assert len(foreign) / len(examples) >= 0.15 and len({e.language for e in foreign}) >= 10
     assert not any(map(in_other_language, examples))
     assert len(list(near_duplicates(e.query for e in examples))) <= 5
+    assert (
+        len(foreign) >= 350 and sum(len(base_query(e.query).split()) <= 3 for e in examples) >= 400
+    )
+
+
+def test_lex_lines_match_the_passage_of_their_row(examples):
+    hits = sum(lex_hits(examples), LexHits())
+    assert hits.own / hits.lines >= 0.85
+    words = [len(text.split()) for e in examples for kind, text in e.lines if kind == "lex"]
+    assert max(words) <= 3
 
 
 def test_the_card_has_the_figures_of_the_scripts(script, monkeypatch):
