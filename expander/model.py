@@ -348,6 +348,8 @@ def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Mod
     """
     from mlx_lm.utils import load_model
 
+    from expander.fast_exp import use_fast_swiglu
+
     config = model_config(path)
     try:
         model, _ = load_model(path, lazy=True, model_config=config)
@@ -363,6 +365,8 @@ def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Mod
                 hasattr(module, "to_quantized") and module.weight.shape[-1] % QUANT_GROUP == 0
             ),
         )
+    if compute_dtype() == mx.float32:
+        use_fast_swiglu(model)
     model.freeze()
     if not lazy:
         for _, array in tree_flatten(model.parameters()):  # never all unquantised weights at once

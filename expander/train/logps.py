@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from expander.fast_exp import logsumexp, softmax_and_lse
 from expander.model import hidden_states, lm_head
 
 # Logits per chunk of token_logps: 64 MiB in float32.
@@ -50,11 +51,9 @@ def token_logps(
         if temperature != 1.0:
             scaled = scaled / temperature
         if with_gradient or with_entropy:
-            # One exponential pass serves both: lse = max - log(softmax at the maximum).
-            probs = mx.softmax(scaled, axis=-1)
-            lse = scaled.max(axis=-1, keepdims=True) - mx.log(probs.max(axis=-1, keepdims=True))
+            probs, lse = softmax_and_lse(scaled)
         else:
-            lse = mx.logsumexp(scaled, axis=-1, keepdims=True)  # (n, 1)
+            lse = logsumexp(scaled)  # (n, 1)
         logp = (mx.take_along_axis(scaled, ids, axis=-1) - lse)[:, 0]
         if with_gradient:
             at_target = mx.take_along_axis(probs, ids, axis=-1)

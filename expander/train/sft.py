@@ -22,6 +22,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 
 from expander.cli import duration
 from expander.config import Config
+from expander.fast_exp import logsumexp
 from expander.model import (
     end_token,
     hidden_states,
@@ -67,7 +68,7 @@ def target_sums(model, rows: Sequence[Row]) -> tuple[float, float, int]:
         part = slice(start, start + chunk)
         logits = head(chosen[part]).astype(mx.float32)  # (n, V)
         picked = mx.take_along_axis(logits, targets[part, None], axis=-1)[:, 0]
-        nll = (mx.logsumexp(logits, axis=-1) - picked) * weights[part]
+        nll = (logsumexp(logits)[:, 0] - picked) * weights[part]
         hits = (mx.argmax(logits, axis=-1) == targets[part]) * weights[part]
         sums = mx.stack([nll.sum(), hits.sum()]).tolist()
         loss, correct = loss + sums[0], correct + sums[1]
