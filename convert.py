@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from expander import cli
+from expander.convert import original
 from expander.convert.modelfile import (
     NAME,
     NAME_RULE,
@@ -86,6 +87,7 @@ def parse_arguments() -> argparse.Namespace:
         help="the model's results from eval.py -o, also published (default: MODEL/evaluation.json)",
     )
     add("--force", metavar="REASON", help="publish a model that is not better; the card says why")
+    original.add_options(parser)
     arguments = parser.parse_args()
     if arguments.quantize is None:
         arguments.quantize = [] if arguments.mlx or arguments.peft else DEFAULT_TYPES
@@ -129,7 +131,8 @@ def main() -> None:
     from expander.model import read_chain, trained_model
 
     mx.set_cache_limit(0)  # return freed tensors to the system
-    chain = read_chain(arguments.model or trained_model())
+    chosen = original.choose_model(arguments)
+    chain = read_chain(**chosen | {"name": chosen["name"] or trained_model()})
     print(" + ".join([chain.base, *map(str, chain.adapters)]))
     name, kinds = (arguments.name or default_name(chain.base)).lower(), arguments.quantize
     publication = None

@@ -170,6 +170,18 @@ def print_categories(examples: Sequence[Example]) -> None:
     print(table(rows), end="\n\n")
 
 
+def print_examples(examples: Sequence[Example], count: int) -> None:
+    """Print the first `count` queries of each category, by label or else by rule."""
+    found: dict[str, list[str]] = {}
+    for example in examples:
+        query = bare_query(example)
+        rules = (name for name, rule in RULES.items() if rule(query))
+        found.setdefault(example.category or next(rules, "other"), []).append(example.query)
+    for name, queries in sorted(found.items()):
+        print_list(f"queries, {printable(name)}:", queries[:count])
+    print()
+
+
 def print_languages(examples: Sequence[Example]) -> None:
     found = Counter(map(language_of, examples))
     rows = [("language", "rows", "share")]
@@ -219,12 +231,22 @@ def main() -> None:
         metavar="N",
         help="number of examples per finding (default: 5)",
     )
+    add("--input", metavar="DATA", help="the same as the first argument")
+    add(
+        "--show-examples",
+        type=cli.integer_from(0),
+        default=0,
+        metavar="N",
+        help="also print N queries of each category (default: 0)",
+    )
     args = parser.parse_args()
 
-    examples = read_files(args.data)
+    examples = read_files(args.data if args.input is None else [args.input])
     print(f"{len(examples)} rows\n")
     print_lengths(examples)
     print_categories(examples)
+    if args.show_examples:
+        print_examples(examples, args.show_examples)
     print_languages(examples)
     print_repetition(examples, args.top)
     print_duplicates(examples, args.top)

@@ -65,10 +65,12 @@ def main() -> None:
         "-o",
         "--output",
         type=cli.new_file,
-        required=True,
+        default="data/qmd_only_variants.jsonl",
         metavar="FILE",
-        help="new file for the rows",
+        help="new file for the rows (default: %(default)s)",
     )
+    add("--combine", action="store_true", help="one file for all inputs: always the case")
+    add("--stats", action="store_true", help="print the number of rows by type: always the case")
     args = parser.parse_args()
     if not 0 < args.share <= 1:
         parser.error("--share must be above 0 and at most 1")

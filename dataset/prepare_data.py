@@ -25,6 +25,7 @@ from expander.queries import EVALUATION_QUERIES, read_queries
 from expander.rows import DATA, Example, Rows, labels, load_rows
 
 SPLITS = ("train", "val")
+CHAT = "train_chat.jsonl"  # only the messages, as other trainers want them
 
 
 def prepared_row(example: Example) -> dict:
@@ -63,6 +64,18 @@ def counts(examples: Sequence[Example]) -> dict:
     }
 
 
+def dataset_info(sides: dict[str, list[Example]]) -> dict:
+    """The original's figures about the prepared rows; card.json has more."""
+    queries = [example.query for side in sides.values() for example in side]
+    short = sum(len(query.split()) <= 2 for query in queries)
+    return {
+        "dataset_name": "qmd-query-expansion",
+        "train_samples": len(sides["train"]),
+        "val_samples": len(sides["val"]),
+        "short_query_pct": round(100 * short / len(queries), 1),
+    }
+
+
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Make data/train/{train,val}.jsonl, without duplicates and evaluation queries."
@@ -84,6 +97,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add(
         "--eval-split",
+        "--split",
         type=float,
         default=0.1,
         metavar="X",
@@ -96,7 +110,12 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="queries to leave out (default: evals/queries.txt)",
     )
+    add("--input", metavar="DATA", help="the same as the first argument")
     args = parser.parse_args()
+    if args.input:
+        if args.data != [DATA]:
+            parser.error("DATA and --input are both given: use one of them")
+        args.data = [args.input]
     if len(args.data) > 1:
         parser.error(f"expected one name; quote a glob: '{DATA}'")
     if not 0 <= args.eval_split < 1:
@@ -117,6 +136,11 @@ def main() -> None:
 
     for name, examples in sides.items():
         write_rows(args.output / f"{name}.jsonl", map(prepared_row, examples))
+    write_rows(
+        args.output / CHAT,
+        ({"messages": row["messages"]} for row in map(prepared_row, sides["train"])),
+    )
+    write_json(args.output / "dataset_info.json", dataset_info(sides))
     card = {
         "data": args.data[0],
         "eval_split": args.eval_split,

@@ -103,6 +103,17 @@ def integer_from(minimum: int) -> Callable[[str], int]:
     return integer
 
 
+def seconds(text: str) -> float:
+    """An argument type: a number of seconds, 0 or more."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):  # nan fails too
+        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number of seconds")
+    return value
+
+
 def name(text: str) -> str:
     """An argument type: a path or Hub id, with `~` and environment variables expanded."""
     try:

@@ -5,6 +5,7 @@ Shapes: B rows in the batch, P prompts, V vocabulary, D hidden size.
 """
 
 import hashlib
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,7 @@ def generate(
     sampler: Sampler | None = None,
     batch_size: int = 32,
     progress: Callable[[int], None] | None = None,
+    max_seconds: float = 0.0,
 ) -> list[Completion]:
     """Complete every prompt `samples` times, in batches.
 
@@ -169,6 +171,7 @@ def generate(
         sampler: greedy by default.
         batch_size: maximum number of rows decoded together.
         progress: called with the number of finished completions whenever it changes.
+        max_seconds: cut a completion off so long after its batch row started; 0 is never.
 
     Returns:
         `samples` completions of the first prompt, then of the second, and so on.
@@ -176,21 +179,27 @@ def generate(
     completions = [Completion([]) for _ in range(len(prompts) * samples)]
     waiting = deque(range(len(completions)))
     batch, done = Batch(model, sampler or Sampler()), 0
+    limits = [max_tokens] * len(completions)  # lowered when a completion's time is up
+    deadlines: dict[int, float] = {}
     while batch.rows or waiting:
         # Adding rows takes a prefill and removing rows copies the cache, so do several at a time.
         free = batch_size - len(batch.rows)
         if waiting and (not batch.rows or free >= max(1, batch_size // 8)):
             rows = [waiting.popleft() for _ in range(min(free, len(waiting)))]
             counts = Counter(row // samples for row in rows)  # samples by prompt
+            deadlines |= dict.fromkeys(rows, time.monotonic() + max_seconds)
             batch.add(rows, [prompts[index] for index in counts], list(counts.values()))
         unfinished = []
         for position, token in enumerate(batch.sample()):
-            completion = completions[batch.rows[position]]
-            if completion.finished or len(completion.tokens) >= max_tokens:
+            row = batch.rows[position]
+            completion = completions[row]
+            if completion.finished or len(completion.tokens) >= limits[row]:
                 continue  # ended at an earlier step, but not removed yet
             completion.tokens.append(token)
             completion.finished = token == end
-            if completion.finished or len(completion.tokens) == max_tokens:
+            if max_seconds and time.monotonic() >= deadlines[row]:
+                limits[row] = len(completion.tokens)
+            if completion.finished or len(completion.tokens) == limits[row]:
                 done += 1
                 if progress is not None:
                     progress(done)

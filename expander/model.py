@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -174,18 +174,31 @@ def trained_model() -> str:
     )
 
 
-def read_chain(name: str, files: Sequence[str] = DOWNLOADS) -> Chain:
+def read_chain(
+    name: str,
+    files: Sequence[str] = DOWNLOADS,
+    *,
+    base: str | None = None,
+    sft: str | None = None,
+) -> Chain:
     """Follow an adapter folder's records down to its base; a base model is a chain without adapters.
 
     Args:
         name: an adapter folder, a model folder or a Hub id.
         files: patterns of the files to download for a base on the Hub.
+        base: a base model to use instead of the one that the lowest adapter names.
+        sft: an adapter to fuse below the last one, instead of what that one records.
 
     Raises:
         ModelError: `name` is none of these, or its base is missing.
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
+        if base or sft:
+            raise ModelError(
+                f"model {name}: not an adapter folder ({ADAPTER_CONFIG}), so no other base model or "
+                "SFT adapter goes below it"
+            )
         path = fetch(name, files=files)
         if not (path / "config.json").is_file():
             raise ModelError(
@@ -194,8 +207,18 @@ def read_chain(name: str, files: Sequence[str] = DOWNLOADS) -> Chain:
             )
         return Chain(name, name, path, _downloaded(path, name))
 
+    if sft:
+        below = read_chain(sft, files, base=base)
+        if not below.adapters:
+            raise ModelError(f"model {sft}: not an adapter folder ({ADAPTER_CONFIG})")
+        return replace(below, name=name, adapters=(*below.adapters, folder))
     adapters, configs = _read_adapters(folder)
     config, lowest = configs[0], adapters[0]
+    if base:
+        # The weights must be the recorded ones, wherever they are.
+        place = str(fetch(base, files=files)) if config.get("base") else base
+        config = config | {"model": place}
+        config.pop("revision", None)
     base, revision = config.get("model"), config.get("revision")
     if base is None:
         raise ModelError(f"{lowest / ADAPTER_CONFIG}: does not name its base model")

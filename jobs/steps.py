@@ -22,12 +22,31 @@ def python(*arguments: str) -> None:
         sys.exit(code)
 
 
+def modern(arguments: list[str]) -> list[str]:
+    """The command line with the original's options in this project's form.
+
+    >>> modern(["sft", "--sft-only", "--upload-repo", "me/x", "--set", "training.epochs=1"])
+    ['sft', 'me/x', '--set', 'training.epochs=1']
+    """
+    arguments = [x for x in arguments if (x, arguments[0]) != ("--sft-only", "sft")]
+    if "--upload-repo" in arguments[:-1]:
+        place = arguments.index("--upload-repo")
+        _, repo = arguments[place : place + 2]
+        arguments[place : place + 2] = []
+        arguments.insert(1, repo)
+    return arguments
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train or evaluate, then publish.")
+    parser = argparse.ArgumentParser(
+        description="Train or evaluate, then publish.",
+        epilog="The original's --upload-repo OWNER/NAME names the repository too; its --sft-only is "
+        "what the job sft does.",
+    )
     parser.add_argument("stage", choices=("sft", "grpo", "eval"))
     parser.add_argument("repo", metavar="OWNER/NAME", help="the model's repository on the Hub")
     parser.add_argument("options", nargs=argparse.REMAINDER, help="options of train.py or eval.py")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(modern(sys.argv[1:]))
     stage, repo, options = arguments.stage, arguments.repo, arguments.options
 
     if stage != "sft":

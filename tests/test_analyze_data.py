@@ -93,3 +93,12 @@ def test_the_report(script, tmp_path):
     assert "rows with the query of an earlier row: 1" in lines
     assert "queries that nearly repeat an earlier query: 1" in lines
     assert "grow tomato plants ~ grow tomatoes plants" in lines
+
+
+def test_examples_of_each_category_as_in_the_original(script, tmp_path):
+    rows = [{"query": q, "output": [["lex", "x"]]} for q in ("bees", "tax law", "zebra in a zoo")]
+    path = jsonl(tmp_path / "rows.jsonl", *rows)
+    _, out = script("analyze_data", "--input", path, "--show-examples", "1")
+    assert "queries, short:\n  bees\nqueries" not in out  # other comes before short
+    assert "queries, other:\n  zebra in a zoo\nqueries, short:\n  bees\n" in out
+    assert "queries, short" not in script("analyze_data", path, "--show-examples", "0")[1]

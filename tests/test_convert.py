@@ -798,3 +798,29 @@ def test_help_imports_nothing_heavy(tmp_path):
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert "argparse" in imported
     assert not imported & {"gguf", "huggingface_hub", "mlx.core", "mlx_lm", "numpy", "transformers"}
+
+
+def test_the_originals_options_name_the_parts_of_a_model(
+    chain, tiny_qwen3, export, tmp_path, monkeypatch
+):
+    parts = ("--base", tiny_qwen3, "--sft", chain / "sft", "--grpo", chain, "--no-upload")
+    export(*parts, "--skip-quantize", "--output", tmp_path / "parts")
+    export("--model", chain, "--quantize", "f16", "--output", tmp_path / "whole")
+    parts, whole = (next((tmp_path / x).glob("*.gguf")) for x in ("parts", "whole"))
+    assert parts.name == whole.name and parts.read_bytes() == whole.read_bytes()
+
+    asked = []
+    monkeypatch.setattr(models, "read_chain", lambda **parts: asked.append(parts) or 1 / 0)
+    for options in (["--size", "1.7B"], ["--size", "4B", "--sft", "a"], ["--base", "b"]):
+        with pytest.raises(ZeroDivisionError):
+            export(*options)
+    published = "tobil/qmd-query-expansion-{}-{}"
+    assert asked == [
+        {
+            "name": published.format("1.7B", "grpo"),
+            "base": "Qwen/Qwen3-1.7B",
+            "sft": published.format("1.7B", "sft"),
+        },
+        {"name": published.format("4B", "grpo"), "base": "Qwen/Qwen3-4B", "sft": "a"},
+        {"name": "b", "base": None, "sft": None},
+    ]

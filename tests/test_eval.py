@@ -141,7 +141,7 @@ def test_one_query(tiny_qwen3, evaluate):
         (["--query", "a", "-o", ""], "the name is empty"),
         (["--score-only", "$NO_SUCH_NAME/a"], "$NO_SUCH_NAME is not set"),
         (["--samples", "2"], "add --decode qmd"),
-        (["--max-queries", "0"], "not an integer >= 1"),
+        (["--max-queries", "-1"], "not an integer >= 0"),
         (["--fail-under", "101"], "a percentage from 0 to 100"),
         (["--compare", "a.json", "b.json", "-o", "c.json"], "--compare cannot be used with"),
         (["a", "--model", "b"], "MODEL and --model"),
@@ -512,3 +512,65 @@ def test_compare(evaluate):
     Path("old.json").write_text('{"schema": 0, "results": []}', encoding="utf-8")
     assert "its schema is 0" in evaluate("--compare", "a.json", "old.json").error
     assert "cannot be read" in evaluate("--compare", "a.json", "none.json").error
+
+
+def test_word_overlap_has_the_originals_options(evaluate):
+    jsonl(Path("outputs.jsonl"), {"query": "nginx tls", "expansion": GOOD})
+    golden = jsonl(
+        Path("golden.jsonl"), {"query": "nginx tls", "output": [["lex", "nginx tls port"]]}
+    )
+    args = ("--score-only", "outputs.jsonl", "--golden", golden, "-o", "g.json")
+
+    def matched(*options: str) -> float:
+        assert evaluate(*args, *options).code == 0
+        return json.loads(Path("g.json").read_text())["golden"]["types"]["lex"]["recall"]
+
+    # {nginx tls settings} and {nginx tls port}: 2 of 4 words.
+    assert matched() == matched("--type-thresholds") == matched("--threshold", "0.5") == 1
+    assert matched("--threshold", "0.6", "--type-thresholds") == 0
+    done = evaluate(*args, "--threshold", "0.6", "--show-mismatches")
+    assert "only reference  nginx tls port" in done.out
+    assert evaluate(*args, "--fail-under-f1", "0.5").code == 0  # 1 match of 3 + 1 lines: 0.5
+    done = evaluate(*args, "--fail-under-f1", "0.51")
+    assert done.code == 1 and done.err == "F1 0.500 is below --fail-under-f1 0.51\n"
+    done = evaluate("--score-only", "outputs.jsonl", "--sample", "3")
+    assert done.code == 2 and "--sample needs --golden" in done.err
+    assert evaluate(*args, "--threshold", "nan").code == 2
+
+
+def test_a_sample_of_the_references_is_drawn_by_the_seed(trained, rows, evaluate):
+    def drawn(seed: str) -> list[str]:
+        args = (trained["sft"], "--golden", rows, "--sample", "3", "--seed", seed)
+        assert evaluate(*args, "--max-tokens", "4", "-o", "g.json").code == 0
+        return list(texts(Path("g.json")))
+
+    assert len(drawn("1")) == 3
+    assert drawn("1") == drawn("1") != drawn("2")
+
+
+def test_an_sft_adapter_and_a_base_named_by_hand(trained, tiny_qwen3, queries, evaluate, tmp_path):
+    """The original's --sft-model and --base-model: a GRPO adapter that records neither."""
+    alone = shutil.copytree(trained["grpo"], tmp_path / "alone")
+    shutil.rmtree(alone / "sft")
+    config = json.loads((alone / "adapter_config.json").read_text())
+    del config["parent"]
+    (alone / "adapter_config.json").write_text(json.dumps(config))
+    args = ("--queries", queries, "--max-queries", "0", *SHORT)
+    assert "does not name its base model" in evaluate(alone, *args).error
+    parts = ("--sft-model", trained["sft"], "--base-model", tiny_qwen3)
+    assert evaluate("--model", alone, *parts, *args, "-o", "parts.json").code == 0
+    assert evaluate(trained["grpo"], *args, "-o", "whole.json").code == 0
+    assert texts(Path("parts.json")) == texts(Path("whole.json"))
+    assert "not an adapter folder" in evaluate(tiny_qwen3, *parts, *args).error
+    done = evaluate("--score-only", "x", "--base-model", "y")
+    assert done.code == 2 and "need a model" in done.err
+
+
+def test_an_expansion_is_cut_off_after_max_time(trained, queries, evaluate):
+    args = (trained["sft"], "--queries", queries, "--max-new-tokens", "50", "-o", "cut.json")
+    assert evaluate(*args, "--max-time", "0.000001", "--summary-only", "-v").code == 0
+    record = json.loads(Path("cut.json").read_text())
+    assert record["decode"]["max_seconds"] == 1e-6
+    assert record["speed"]["tokens"] == len(record["results"])  # one token each
+    assert all(x["samples"][0]["truncated"] for x in record["results"])
+    assert evaluate(*args, "--max-time", "-1").code == 2

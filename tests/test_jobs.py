@@ -107,3 +107,13 @@ def test_user_errors_print_one_line_and_stop_the_job(code, hub, tmp_path):
     done = start("eval", tmp_path, "tester/nobodys", env=env)
     assert done.returncode != 0 and "eval.py" not in done.stdout
     assert "hf_loopback" not in done.stdout + done.stderr
+
+
+def test_the_originals_options_are_understood():
+    from jobs.steps import modern
+
+    assert modern(["sft", "--upload-repo", REPO, "--sft-only"]) == ["sft", REPO]
+    assert modern(["sft", REPO, "--set", "a.b=1"]) == ["sft", REPO, "--set", "a.b=1"]
+    assert modern(["eval", REPO, "--sft-only"]) == ["eval", REPO, "--sft-only"]
+    assert modern(["sft", "--upload-repo"]) == ["sft", "--upload-repo"]
+    assert modern([]) == []

@@ -2,6 +2,7 @@
 
 import pytest
 
+from expander.eval.golden import THRESHOLDS
 from expander.eval.measure import (
     FLAGS,
     Expansion,
@@ -120,11 +121,11 @@ def test_lines_that_differ_only_in_the_query_count_as_templates():
 
 def test_lines_match_one_to_one_closest_first():
     # {a b c} with {a b c} is 1, with {a b} 2/3; the second line is left only {a b}: 1/3 of {a d}.
-    assert match_lines(["a b c", "a d"], ["a b", "a b c"], 0.5) == 1
-    assert match_lines(["a b c", "a d"], ["a b", "a b c"], 0.3) == 2
-    assert match_lines(["a b", "a b"], ["a b"], 0.5) == 1
-    assert match_lines(["Auth, config!"], ["auth config"], 1.0) == 1
-    assert match_lines([], ["a"], 0.0) == match_lines(["a"], [], 0.0) == 0
+    assert match_lines(["a b c", "a d"], ["a b", "a b c"], 0.5) == [(0, 1)]
+    assert match_lines(["a b c", "a d"], ["a b", "a b c"], 0.3) == [(0, 1), (1, 0)]
+    assert match_lines(["a b", "a b"], ["a b"], 0.5) == [(0, 0)]
+    assert match_lines(["Auth, config!"], ["auth config"], 1.0) == [(0, 0)]
+    assert match_lines([], ["a"], 0.0) == match_lines(["a"], [], 0.0) == []
 
 
 def test_golden_figures():
@@ -138,9 +139,14 @@ def test_golden_figures():
         ("vec", "where is it"),
     ]
     figures = compare_golden(
-        [result("auth config", ours), result("tls", "")], {"auth config": wanted}
+        [result("auth config", ours), result("tls", "")], {"auth config": wanted}, THRESHOLDS
     )
     assert figures["queries"] == 1
+    assert {tuple(x["lines"] + x["reference"]) for x in figures["mismatches"]} == {
+        ("cookie jar",),
+        ("where is it",),
+        ("Edit the file.",),
+    }
     assert figures["types"]["lex"] == pytest.approx({"precision": 0.5, "recall": 1.0, "f1": 2 / 3})
     assert figures["types"]["vec"] == pytest.approx({"precision": 1.0, "recall": 0.5, "f1": 2 / 3})
     assert figures["types"]["hyde"] == {"precision": 0.0, "recall": 0.0, "f1": 0.0}
@@ -161,7 +167,8 @@ def test_golden_figures():
     ],
 )
 def test_each_type_has_its_own_threshold(kind, ours, wanted, matches):
-    figures = compare_golden([result("q", f"{kind}: {ours}\n")], {"q": [(kind, wanted)]})
+    lines = f"{kind}: {ours}\n"
+    figures = compare_golden([result("q", lines)], {"q": [(kind, wanted)]}, THRESHOLDS)
     assert figures["types"][kind]["f1"] == float(matches)
 
 

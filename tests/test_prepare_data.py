@@ -78,3 +78,20 @@ def test_nothing_is_written_after_an_error(script, rows, tmp_path, capsys):
 
 def test_the_prepared_folder_is_ignored_by_git():
     assert "/data/train/" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+def test_the_originals_options_and_files(script, tmp_path):
+    path = jsonl(tmp_path / "rows.jsonl", *(row(f"a harmless query {i}") for i in range(9)))
+    path.write_text(path.read_text() + json.dumps(row("tls")) + "\n")
+    script("prepare_data", "--input", path, "--output", tmp_path / "out", "--split", "0.2")
+    made, chat = (
+        [json.loads(x) for x in (tmp_path / "out" / name).read_text().splitlines()]
+        for name in ("train.jsonl", "train_chat.jsonl")
+    )
+    assert len(made) == 8 and chat == [{"messages": x["messages"]} for x in made]
+    assert json.loads((tmp_path / "out" / "dataset_info.json").read_text()) == {
+        "dataset_name": "qmd-query-expansion",
+        "train_samples": 8,
+        "val_samples": 2,
+        "short_query_pct": 10.0,
+    }

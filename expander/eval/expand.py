@@ -16,13 +16,18 @@ GREEDY_MAX_TOKENS = 200
 
 
 def decode_settings(
-    mode: str, max_new_tokens: int | None, qmd_system_prompt: bool, samples: int
+    mode: str,
+    max_new_tokens: int | None,
+    qmd_system_prompt: bool,
+    samples: int,
+    max_seconds: float = 0.0,
 ) -> dict:
     """The settings that affect the text, for the record; `--compare` warns if they differ.
 
     Args:
         mode: "greedy" or "qmd".
         max_new_tokens: None is the mode's default.
+        max_seconds: an expansion is cut off after them; 0 is never.
     """
     settings = {
         "mode": mode,
@@ -34,6 +39,8 @@ def decode_settings(
         settings["max_new_tokens"] = max_new_tokens or SAMPLING.max_tokens
         sampling = asdict(SAMPLING)
         settings |= {name: sampling[name] for name in ("temperature", "top_k", "top_p")}
+    if max_seconds:
+        settings["max_seconds"] = max_seconds
     return settings
 
 
@@ -100,6 +107,7 @@ class Decoder:
             sampler=sampler,
             batch_size=self.batch_size,
             progress=progress,
+            max_seconds=self.settings.get("max_seconds", 0.0),
         )
         return completions, time.monotonic() - start
 
@@ -114,17 +122,18 @@ class Expander:
         qmd_system_prompt: bool,
         batch_size: int,
         seed: int,
+        max_seconds: float = 0.0,
     ):
         wire_memory()
         self.chain, self.loaded = chain, load_chain(chain, fuse_last=True)
-        self.options = max_new_tokens, qmd_system_prompt
+        self.options, self.max_seconds = (max_new_tokens, qmd_system_prompt), max_seconds
         self.batch_size, self.seed = batch_size, seed
 
     def expand(
         self, queries: Queries, mode: str, samples: int
     ) -> tuple[list[list[Expansion]], dict]:
         """Expand every query; return the expansions of each, and the record's "decode", "speed"."""
-        settings = decode_settings(mode, *self.options, samples)
+        settings = decode_settings(mode, *self.options, samples, self.max_seconds)
         decoder = Decoder(self.chain, self.loaded, settings, self.batch_size, self.seed)
         expansions, speed = expand(decoder, queries)
         return expansions, {"decode": settings, "speed": speed}

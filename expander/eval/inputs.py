@@ -1,5 +1,6 @@
 """Evaluation inputs: queries, reference expansions, other tools' expansions, training records."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,15 +18,21 @@ from expander.queries import (
 from expander.rows import Example, file_rows, load_rows, one_line
 
 
-def read_golden(path: Path) -> dict[str, Example]:
+def read_golden(path: Path, sample: int, seed: int) -> dict[str, Example]:
     """Reference expansions by `normal_query`, from a file in any row format.
+
+    Args:
+        sample: number of rows, drawn by the seed; 0 is all of them.
 
     Raises:
         ValueError: the file is missing or cannot be read as rows.
     """
     if not path.is_file():
         raise ValueError(f"--golden {path}: no such file")
-    return {normal_query(row.query): row for row in load_rows(str(path)).train}
+    rows = load_rows(str(path)).train
+    if 0 < sample < len(rows):
+        rows = random.Random(seed).sample(rows, sample)
+    return {normal_query(row.query): row for row in rows}
 
 
 def choose_queries(query: str | None, path: Path | None, golden: dict[str, Example]) -> Queries:

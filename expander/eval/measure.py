@@ -27,8 +27,6 @@ RATING_NAMES = (*(name for _, name in RATINGS), "Failed")
 COUNTED_LINES = (*TYPES, "invalid")
 FLAGS = ("valid", "truncated", "echoing", "empty", "wrong_language")
 WORD = re.compile(r"\w+")
-# Minimum Jaccard index at which a line matches a reference line.
-GOLDEN_THRESHOLDS = {"lex": 0.5, "vec": 0.35, "hyde": 0.25}
 
 Queries = Sequence[tuple[str, str | None]]  # (query, category)
 References = Mapping[str, Sequence[tuple[str, str]]]  # query → (type, text) lines
@@ -156,13 +154,15 @@ def text_figures(results: Sequence[dict]) -> dict[str, float]:
     }
 
 
-def match_lines(lines: Sequence[str], reference: Sequence[str], threshold: float) -> int:
-    """Count lines that match a reference line, one to one, closest pairs first.
+def match_lines(
+    lines: Sequence[str], reference: Sequence[str], threshold: float
+) -> list[tuple[int, int]]:
+    """The lines that match a reference line, one to one, closest pairs first, as pairs of indices.
 
     Closeness is the Jaccard index of the two lines' sets of lower-case words.
 
-    >>> match_lines(["auth settings", "login"], ["auth settings file", "cookies"], 0.5)
-    1
+    >>> match_lines(["login", "auth settings"], ["auth settings file", "cookies"], 0.5)
+    [(1, 0)]
     """
     ours, theirs = ([set(WORD.findall(x.lower())) for x in side] for side in (lines, reference))
     pairs = [
@@ -170,36 +170,50 @@ def match_lines(lines: Sequence[str], reference: Sequence[str], threshold: float
         for i, a in enumerate(ours)
         for j, b in enumerate(theirs)
     ]
-    used_ours, used_theirs = set(), set()
+    matched: dict[int, int] = {}
     for closeness, i, j in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
-        if closeness >= threshold and i not in used_ours and j not in used_theirs:
-            used_ours.add(i)
-            used_theirs.add(j)
-    return len(used_ours)
+        if closeness >= threshold and i not in matched and j not in matched.values():
+            matched[i] = j
+    return list(matched.items())
 
 
-def compare_golden(results: Sequence[dict], references: References) -> dict:
+def compare_golden(
+    results: Sequence[dict], references: References, thresholds: Mapping[str, float]
+) -> dict:
     """Precision, recall and F1 of the lines by type and for all types, over every sample.
 
     Results without a reference are left out.
+
+    Args:
+        thresholds: by type, the minimum closeness of lines that match.
+
+    Returns:
+        "queries", "thresholds", "types", and under "mismatches" the lines without a match.
     """
     results = [result for result in results if result["query"] in references]
     counts = {kind: Counter() for kind in (*TYPES, "all")}
+    mismatches = []
     for result in results:
         wanted = references[result["query"]]
         for sample in result["samples"]:
             parsed = parse_expansion(clean_expansion(sample["text"])[0])
-            for kind, threshold in GOLDEN_THRESHOLDS.items():
+            for kind in TYPES:
+                lines = parsed[kind]
                 reference = [text for type_, text in wanted if type_ == kind]
-                found = {
-                    "matched": match_lines(parsed[kind], reference, threshold),
-                    "lines": len(parsed[kind]),
-                    "reference": len(reference),
-                }
+                matched = dict(match_lines(lines, reference, thresholds[kind]))
+                found = {"matched": len(matched), "lines": len(lines), "reference": len(reference)}
                 counts[kind].update(found)
                 counts["all"].update(found)
+                extra = [text for i, text in enumerate(lines) if i not in matched]
+                missing = [x for j, x in enumerate(reference) if j not in matched.values()]
+                if extra or missing:
+                    query = result["query"]
+                    mismatches.append(
+                        {"query": query, "type": kind, "lines": extra, "reference": missing}
+                    )
     return {
         "queries": len(results),
+        "thresholds": dict(thresholds),
         "types": {
             kind: {
                 "precision": n["matched"] / max(n["lines"], 1),
@@ -208,4 +222,5 @@ def compare_golden(results: Sequence[dict], references: References) -> dict:
             }
             for kind, n in counts.items()
         },
+        "mismatches": mismatches,
     }

@@ -1,11 +1,13 @@
 """An evaluation as plain text."""
 
+from expander.prompt import TYPES
 from expander.qmd import kept_lines
 from expander.statistics import CONFIDENCE
 from expander.text import printable, table
 from reward import PARTS
 
 LEAKS_SHOWN = 20
+MISMATCHES_SHOWN = 3
 
 
 def format_average(figures: dict) -> str:
@@ -83,13 +85,24 @@ def format_summary(summary: dict, leaks: dict) -> str:
     )
 
 
-def format_golden(figures: dict) -> str:
+def format_golden(figures: dict, mismatches: bool) -> str:
+    """Word overlap with the references by type, and examples of lines without a match."""
     rows = [(f"golden, {figures['queries']} queries", "precision", "recall", "F1")]
     rows += [
         (kind, f"{x['precision']:.1%}", f"{x['recall']:.1%}", f"{x['f1']:.1%}")
         for kind, x in figures["types"].items()
     ]
-    return table(rows)
+    if not mismatches:
+        return table(rows)
+    out = [table(rows)]
+    for kind in TYPES:
+        found = [x for x in figures["mismatches"] if x["type"] == kind]
+        out += ["", f"{kind}: {len(found)} expansions with lines that do not match"]
+        for each in found[:MISMATCHES_SHOWN]:
+            out.append(f"  {printable(each['query'])}")
+            out += [f"    only here       {printable(text)}" for text in each["lines"]]
+            out += [f"    only reference  {printable(text)}" for text in each["reference"]]
+    return "\n".join(out)
 
 
 def format_retrieval(retrieval: dict[str, dict]) -> str:
@@ -115,12 +128,13 @@ def format_speed(speed: dict) -> str:
     )
 
 
-def format_record(record: dict, samples: bool, summary: bool) -> str:
+def format_record(record: dict, samples: bool, summary: bool, mismatches: bool = False) -> str:
     """An evaluation's report.
 
     Args:
         samples: include every expansion.
         summary: include the summary; otherwise only what is known about leaks.
+        mismatches: include examples of lines that match no reference line.
     """
     out = []
     if samples:
@@ -137,5 +151,5 @@ def format_record(record: dict, samples: bool, summary: bool) -> str:
     if record["speed"]:
         out += ["", format_speed(record["speed"])]
     if record["golden"]:
-        out += ["", format_golden(record["golden"])]
+        out += ["", format_golden(record["golden"], mismatches)]
     return "\n".join(out)
