@@ -36,6 +36,7 @@ NO_EFFECT = {
     "training.ddp_find_unused_parameters": "it is a PyTorch setting",
     "generation.top_k": "rollouts use only the temperature",
     "generation.top_p": "rollouts use only the temperature",
+    "generation.min_p": "rollouts use only the temperature",
     "generation.repetition_penalty": "rollouts use only the temperature",
     "gguf": "convert.py writes GGUF files",
 }
@@ -200,6 +201,7 @@ class Generation:
     temperature: float = key(above=0.0)
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
     repetition_penalty: float | None = None
 
 
