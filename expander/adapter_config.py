@@ -9,8 +9,11 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import mlx.core as mx
+
 from expander.base_config import ModelError
 from expander.files import read_json
+from expander.peft_adapter import PEFT_FILE, TRAINED, is_peft, mlx_config, mlx_weights
 from expander.weight_files import digest, weight_files
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"
@@ -66,6 +69,11 @@ KEYS: Rules = {
     "num_layers": (_integer(-1, MAX_LAYERS), f"an integer from -1 to {MAX_LAYERS}"),
     "lora_parameters": (lambda value: isinstance(value, dict), "an object"),
     "base": (lambda value: isinstance(value, dict), "an object"),
+    "modules_to_save": (
+        lambda value: _names(value) and set(value) <= TRAINED.keys(),
+        "a list of " + " and ".join(TRAINED),
+    ),
+    "tied": (lambda value: isinstance(value, bool), "true or false"),
 }
 LORA_KEYS: Rules = {
     "rank": (_integer(1, MAX_RANK), f"an integer from 1 to {MAX_RANK}"),
@@ -97,8 +105,29 @@ def _check(
             raise ModelError(f"{path}: {prefix}{key} is {value!r:.60}, expected {expected}")
 
 
+def adapter_file(folder: Path) -> Path:
+    """The weights of the adapter in a folder, mlx-lm's or PEFT's."""
+    peft = folder / PEFT_FILE
+    return (
+        peft if peft.is_file() and not (folder / ADAPTER_FILE).is_file() else folder / ADAPTER_FILE
+    )
+
+
+def read_adapter_weights(folder: Path) -> dict[str, mx.array]:
+    """The weights of the adapter in a folder by mlx-lm's names; they have not been checked.
+
+    Raises:
+        RuntimeError: the file is missing or damaged.
+        ModelError: of a PEFT adapter, as `read_adapter_config`.
+    """
+    path = folder / ADAPTER_CONFIG
+    if is_peft(config := read_json(path)):
+        return mlx_weights(path, config)
+    return mx.load(str(folder / ADAPTER_FILE))
+
+
 def read_adapter_config(folder: Path) -> dict:
-    """The configuration of the LoRA adapter in a folder.
+    """The configuration of the LoRA adapter in a folder, in mlx-lm's form also if it is PEFT's.
 
     Raises:
         ModelError: it cannot be read, is incomplete or mistyped, or is of another kind of adapter.
@@ -108,10 +137,8 @@ def read_adapter_config(folder: Path) -> dict:
         config = read_json(path)
     except ValueError as error:
         raise ModelError(str(error)) from None
-    if "peft_type" in config:
-        raise ModelError(
-            f"{path}: a PEFT adapter; only mlx-lm's LoRA adapters are supported, as train.py writes"
-        )
+    if is_peft(config):
+        config = mlx_config(path, config)
     kind = config.get("fine_tune_type", "lora")
     if kind != "lora":
         what = OTHER_KINDS.get(kind) if isinstance(kind, str) else None

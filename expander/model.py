@@ -26,14 +26,17 @@ from expander.adapter_config import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     OTHER_KINDS,
+    adapter_file,
     base_digests,
     base_record,
     check_settings,
     find_base,
     read_adapter_config,
+    read_adapter_weights,
 )
 from expander.base_config import ModelError, check_against_weights, read_base_config
 from expander.files import atomic_write, read_json, save_arrays, write_json
+from expander.peft_adapter import PEFT_FILE
 from expander.prompt import IM_END, render_prompt
 from expander.queries import QUERY_DIGESTS
 from expander.tokenizer_files import find_tokenizer_fault
@@ -41,6 +44,15 @@ from expander.weight_files import digest, equal_tensors, read_header, read_tenso
 
 # Weights, configuration and tokenizer, but never a repository's Python files.
 DOWNLOADS = ["*.json", "model*.safetensors", "*.txt", "*.jinja"]
+# An adapter at the top of a repository, and the one below it.
+ADAPTER_DOWNLOADS = [
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PEFT_FILE,
+    QUERY_DIGESTS,
+    f"sft/{ADAPTER_CONFIG}",
+    f"sft/{ADAPTER_FILE}",
+]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 QUANT_GROUP = 64
 WIRED_SHARE = 0.95  # of the recommended memory; more than the system's limit is an error
@@ -69,7 +81,7 @@ class Chain:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each adapter file, by its folder."""
-        return {str(folder): digest(folder / ADAPTER_FILE) for folder in self.adapters}
+        return {str(folder): digest(adapter_file(folder)) for folder in self.adapters}
 
     def scales(self) -> list[float | None]:
         """The LoRA scale of each adapter, which is not in the file that is hashed."""
@@ -77,9 +89,10 @@ class Chain:
         return [config["lora_parameters"]["scale"] for config in configs]
 
     def adapted_layers(self) -> set[str]:
-        """The names of the linear maps that an adapter of the chain changes, such as q_proj."""
+        """The names of the modules that an adapter of the chain changes, such as q_proj."""
         configs = [read_adapter_config(folder) for folder in self.adapters]
         keys = [config["lora_parameters"].get("keys") or [] for config in configs]
+        keys += [config.get("modules_to_save") or [] for config in configs]
         return {key.split(".")[-1] for part in keys for key in part}
 
     def base_hashes(self) -> dict[str, str]:
@@ -194,18 +207,19 @@ def read_chain(
     """
     folder = Path(name).expanduser()
     if not (folder / ADAPTER_CONFIG).is_file():
+        folder = fetch(name, files=[*files, *ADAPTER_DOWNLOADS])
+    if not (folder / ADAPTER_CONFIG).is_file():
         if base or sft:
             raise ModelError(
                 f"model {name}: not an adapter folder ({ADAPTER_CONFIG}), so no other base model or "
                 "SFT adapter goes below it"
             )
-        path = fetch(name, files=files)
-        if not (path / "config.json").is_file():
+        if not (folder / "config.json").is_file():
             raise ModelError(
                 f"model {name}: neither an adapter folder ({ADAPTER_CONFIG}) nor a model folder "
                 "(config.json)"
             )
-        return Chain(name, name, path, _downloaded(path, name))
+        return Chain(name, name, folder, _downloaded(folder, name))
 
     if sft:
         below = read_chain(sft, files, base=base)
@@ -411,11 +425,19 @@ def load_chain(chain: Chain, fuse_last: bool = False) -> tuple[nn.Module, object
     return model, tokenizer
 
 
-def lora_config(model: nn.Module, rank: int, alpha: float, dropout: float, targets) -> dict:
+def lora_config(
+    model: nn.Module,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets,
+    modules_to_save: Sequence[str] | None = None,
+) -> dict:
     """mlx-lm's adapter configuration, with scale alpha / rank.
 
     Args:
         targets: the last part of each linear layer's name, such as "q_proj".
+        modules_to_save: names in TRAINED of the modules to train as a whole.
 
     Raises:
         ModelError: the model has no layer of that name.
@@ -426,19 +448,24 @@ def lora_config(model: nn.Module, rank: int, alpha: float, dropout: float, targe
     missing = sorted(set(targets) - {name.split(".")[-1] for name in keys})
     if missing:
         raise ModelError(f"lora.target_modules: the model has no layer {', '.join(missing)}")
-    return {
+    config = {
         "fine_tune_type": "lora",
         "num_layers": len(model.layers),
         "lora_parameters": {"rank": rank, "scale": alpha / rank, "dropout": dropout, "keys": keys},
     }
+    if modules_to_save:
+        config["modules_to_save"] = sorted(set(modules_to_save))
+    return config
 
 
 def add_lora(model: nn.Module, config: dict) -> None:
-    """Add fresh LoRA layers, the only trainable ones, from mlx-lm's adapter configuration."""
-    from expander.lora import add_lora_layers
+    """Add fresh LoRA layers and trainable modules, the only trainable ones, by an adapter's
+    configuration."""
+    from expander.lora import add_lora_layers, train_modules
 
     model.freeze()
     add_lora_layers(model, config["num_layers"], config["lora_parameters"])
+    train_modules(model, config.get("modules_to_save") or ())
 
 
 def adapter_weights(model: nn.Module) -> dict[str, mx.array]:
@@ -453,11 +480,14 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
         ModelError: the adapter cannot be read, is not a LoRA adapter of finite numbers, or its
             tensors differ in name or shape from those that the model needs.
     """
+    from expander.lora import fit_tied
+
     config = read_adapter_config(folder)
     _check_adapter_names(folder, config)
     try:
-        weights = mx.load(str(folder / ADAPTER_FILE))
-        add_lora(model, config)
+        weights = read_adapter_weights(folder)
+        saved = fit_tied(model, weights, config.get("tied") is not False)
+        add_lora(model, config | {"modules_to_save": saved})
     except (RuntimeError, KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{folder}: the adapter cannot be loaded: {_first_line(error)}") from None
     needed = adapter_weights(model)
@@ -472,7 +502,7 @@ def load_adapter(model: nn.Module, folder: Path) -> None:
     for name, value in weights.items():
         if not mx.issubdtype(value.dtype, mx.floating) or not mx.isfinite(value).all().item():
             raise ModelError(
-                f"{folder / ADAPTER_FILE}: {name} has values that are not finite numbers"
+                f"{adapter_file(folder)}: {name} has values that are not finite numbers"
             )
     model.load_weights(list(weights.items()), strict=False)
 
@@ -483,7 +513,9 @@ def _check_adapter_names(folder: Path, config: dict) -> None:
     Raises:
         ModelError: it is not a LoRA adapter of the rank in its configuration.
     """
-    path = folder / ADAPTER_FILE
+    path = adapter_file(folder)
+    if path.name != ADAPTER_FILE:
+        return  # `read_adapter_config` has checked the tensors of a PEFT adapter
     tensors = read_header(path)
     if any(name.endswith(".m") for name in tensors):
         raise ModelError(f"{path}: {OTHER_KINDS['dora']}")
@@ -517,13 +549,17 @@ def copy_adapters(chain: Chain, folder: Path) -> None:
     """
     for source in reversed(chain.adapters):
         config = read_adapter_config(source)
-        if config.get("parent"):
+        if source != chain.adapters[0]:
+            for key in ("model", "revision", "base"):  # of an adapter that names no parent
+                config.pop(key, None)
             config["parent"] = "sft"
         else:
             config |= chain.base_entries(folder)
         for name in (ADAPTER_FILE, QUERY_DIGESTS):
             if (source / name).is_file():
                 atomic_write(folder / name, partial(shutil.copyfile, source / name))
+        if not (source / ADAPTER_FILE).is_file():  # PEFT's: the copy is mlx-lm's
+            save_arrays(folder / ADAPTER_FILE, read_adapter_weights(source))
         write_json(folder / ADAPTER_CONFIG, config)
         folder = folder / "sft"
 
@@ -535,26 +571,22 @@ def fused_weight(weight: mx.array, lora_a: mx.array, lora_b: mx.array, scale: fl
 
 
 def fuse(model: nn.Module) -> None:
-    """Replace every LoRA layer with a linear layer that has the adapter in its weights.
+    """Replace every LoRA layer with a linear layer that has the adapter in its weights, and every
+    trained module with a plain one.
 
     A quantised layer becomes a plain one, because quantising it again would lose the adapter.
     """
-    from expander.lora import lora_layers
+    from expander.lora import full_weight, lora_layers, trained_modules
 
+    for name, module in trained_modules(model):
+        plain = module.plain(compute_dtype())
+        model.update_modules(tree_unflatten([(name, plain)]))
+        mx.eval(plain.parameters())
     layers = lora_layers(model)
     while layers:  # one at a time: its old weights go before the next one is fused
         name, layer = layers.pop(0)
         linear = layer.linear
-        weight = linear.weight
-        if isinstance(linear, nn.QuantizedLinear):
-            weight = mx.dequantize(
-                weight,
-                linear.scales,
-                linear.biases,
-                linear.group_size,
-                linear.bits,
-                mode=linear.mode,
-            )
+        weight = full_weight(linear)
         out_dims, in_dims = weight.shape
         plain = nn.Linear(in_dims, out_dims, bias="bias" in linear)
         plain.weight = fused_weight(weight, layer.lora_a, layer.lora_b, layer.scale).astype(
@@ -569,15 +601,17 @@ def fuse(model: nn.Module) -> None:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Take out the LoRA layers in this context: the same weights are then the reference model."""
-    from expander.lora import lora_layers
+    """Take out the adapter in this context: the same weights are then the reference model."""
+    from expander.lora import lora_layers, trained_modules
 
-    layers = lora_layers(model)
-    model.update_modules(tree_unflatten([(name, layer.linear) for name, layer in layers]))
+    layers, modules = lora_layers(model), trained_modules(model)
+    before = [(name, layer.linear) for name, layer in layers]
+    before += [(name, module.replaced) for name, module in modules]
+    model.update_modules(tree_unflatten(before))
     try:
         yield
     finally:
-        model.update_modules(tree_unflatten(layers))
+        model.update_modules(tree_unflatten(layers + modules))
 
 
 def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:

@@ -237,7 +237,7 @@ def test_two_adapters_above_each_other_are_refused(project):
         ({"fine_tune_type": "dora"}, "fine_tune_type 'dora': a DoRA adapter"),
         ({"fine_tune_type": "full"}, "fine_tune_type 'full': full weights.*mlx_lm.fuse"),
         ({"fine_tune_type": 3}, "fine_tune_type 3"),
-        ({"peft_type": "LORA"}, "a PEFT adapter"),
+        ({"peft_type": "LORA"}, "PEFT's, but there is no adapter_model.safetensors"),
     ],
 )
 def test_a_damaged_record_is_named(project, changes, message):

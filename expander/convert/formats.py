@@ -21,6 +21,7 @@ from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, check_tokenizer, read
 from expander.convert.weights import FusedWeights, take_adapters
 from expander.files import atomic_write, save_arrays, write_json, write_text
 from expander.model import Chain, load_base, load_tokenizer, model_config
+from expander.peft_adapter import TRAINED
 
 # Files that file browsers leave in folders they have shown, and ._NAME for NAME's attributes.
 FINDER_FILES = (".DS_Store", ".localized", "Icon\r", "Thumbs.db", "desktop.ini")
@@ -142,6 +143,8 @@ def write_mlx(chain: Chain, folder: Path) -> None:
             save_arrays(made / file, {name: weights.tensor(name, dtype) for name in names})
             index |= dict.fromkeys(names, file)
         write_json(made / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
+        if "lm_head.weight" in weights.shapes:  # an adapter may have untied it
+            config["tie_word_embeddings"] = False
         write_json(made / "config.json", config)
         write_text(made / "chat_template.jinja", CHAT_TEMPLATE)
         for name in TOKENIZER_FILES:
@@ -159,26 +162,32 @@ def write_peft(chain: Chain, folder: Path) -> int:
     Raises:
         ValueError: the chain has no adapter, or `folder` is not empty.
     """
-    adapters = take_adapters(load_base(chain.path, lazy=True), chain)
+    model = load_base(chain.path, lazy=True)
+    adapters = take_adapters(model, chain)
     if not adapters:
         raise ValueError(
             f"--peft: {chain.name} has no adapter; choose a folder that train.py wrote"
         )
-    first = [next(iter(adapter.values())) for adapter in adapters]
+    first = [next(iter(adapter.lora.values())) for adapter in adapters]
     ranks, scales = [lora.a.shape[1] for lora in first], [lora.scale for lora in first]
     tensors = {}
-    names = sorted(set().union(*adapters))
+    names = sorted(set().union(*(adapter.lora for adapter in adapters)))
     for name in names:
-        known = next(adapter[name] for adapter in adapters if name in adapter)
+        known = next(adapter.lora[name] for adapter in adapters if name in adapter.lora)
         downs, ups = [], []
         for adapter, rank, scale in zip(adapters, ranks, scales, strict=True):
-            lora = adapter.get(name)
+            lora = adapter.lora.get(name)
             downs.append(lora.a.T if lora else mx.zeros((rank, known.a.shape[0])))  # (r, in)
             ups.append(
                 lora.b.T * (scale / scales[0]) if lora else mx.zeros((known.b.shape[1], rank))
             )  # (out, r)
         tensors[f"base_model.model.{name}.lora_A.weight"] = mx.concatenate(downs)
         tensors[f"base_model.model.{name}.lora_B.weight"] = mx.concatenate(ups, axis=1)
+    whole = {name: weight for adapter in adapters for name, weight in adapter.whole.items()}
+    head, embedding = (f"{TRAINED[name]}.weight" for name in ("lm_head", "embed_tokens"))
+    if embedding in whole and "lm_head" not in model:
+        whole[head] = whole[embedding] + 0  # PEFT leaves a tied head as it was
+    tensors |= {f"base_model.model.{name}": weight for name, weight in whole.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -188,6 +197,7 @@ def write_peft(chain: Chain, folder: Path) -> int:
         "lora_alpha": scales[0] * sum(ranks),
         "lora_dropout": 0.0,
         "target_modules": names,
+        "modules_to_save": [name for name, x in TRAINED.items() if f"{x}.weight" in whole] or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,

@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from expander.lora import lora_layers
+from expander.lora import lora_layers, trained_modules
 from expander.model import (
     Chain,
     ModelError,
@@ -34,8 +34,15 @@ class Lora(NamedTuple):
     scale: float
 
 
-def take_adapters(model: nn.Module, chain: Chain) -> list[dict[str, Lora]]:
-    """Each adapter of the chain as layer name -> Lora, the oldest first; the model is unchanged.
+class Adapter(NamedTuple):
+    """One adapter: its LoRA by layer, and the weights that it replaces, by tensor."""
+
+    lora: dict[str, Lora]
+    whole: dict[str, mx.array]
+
+
+def take_adapters(model: nn.Module, chain: Chain) -> list[Adapter]:
+    """Each adapter of the chain, the oldest first; the model is unchanged, but may be untied.
 
     Raises:
         ModelError: an adapter does not fit this base, or has tensors that fusing would ignore.
@@ -43,13 +50,20 @@ def take_adapters(model: nn.Module, chain: Chain) -> list[dict[str, Lora]]:
     adapters = []
     for folder in chain.adapters:
         load_adapter(model, folder)
-        layers = lora_layers(model)
-        if 2 * len(layers) != len(adapter_weights(model)):
+        layers, modules = lora_layers(model), trained_modules(model)
+        if 2 * len(layers) + len(modules) != len(adapter_weights(model)):
             raise ModelError(
                 f"{folder}: only adapters of linear layers can be fused; this has others"
             )
-        adapters.append({name: Lora(m.lora_a, m.lora_b, m.scale) for name, m in layers})
-        model.update_modules(tree_unflatten([(name, m.linear) for name, m in layers]))
+        adapters.append(
+            Adapter(
+                {name: Lora(m.lora_a, m.lora_b, m.scale) for name, m in layers},
+                {f"{name}.weight": m.weight for name, m in modules},
+            )
+        )
+        before = [(name, m.linear) for name, m in layers]
+        before += [(name, m.replaced) for name, m in modules]
+        model.update_modules(tree_unflatten(before))
         model.freeze()
     return adapters
 
@@ -89,7 +103,12 @@ class FusedWeights:
         """Yield a tensor's rows in order in float32, in pieces of a multiple of `multiple` rows."""
         array, layer_name = self._arrays.pop(name), name.removesuffix(".weight")
         layer = self._quantised.pop(layer_name, None)
-        adapters = [adapter[layer_name] for adapter in self._adapters if layer_name in adapter]
+        adapters: list[Lora] = []
+        for adapter in self._adapters:
+            if name in adapter.whole:  # replaces what is below
+                array, layer, adapters = adapter.whole[name], None, []
+            elif layer_name in adapter.lora:
+                adapters.append(adapter.lora[layer_name])
         rows, width = self.shapes[name][0], self.shapes[name][-1]
         step = max(PIECE // width // multiple, 1) * multiple
         for first in range(0, rows, step):

@@ -23,11 +23,17 @@ from expander.model import (
     end_token,
     load_chain,
     load_tokenizer,
-    read_chain,
 )
 from expander.queries import write_query_digests
 from expander.train import distributed
-from expander.train.inputs import Prompt, read_rows, report_memory, sft_folder, split_prompts
+from expander.train.inputs import (
+    Prompt,
+    read_rows,
+    report_memory,
+    sft_adapter,
+    sft_chain,
+    split_prompts,
+)
 from expander.train.judged import Judge, judged_rows
 from expander.train.logps import completion_logps
 from expander.train.logs import log_samples
@@ -250,14 +256,14 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
     """Run `python train.py grpo`: from the SFT adapter to outputs/grpo."""
     settings, training, group = config.grpo, config.training, config.grpo.num_generations
     prompts_per_step(config)
-    sft = sft_folder(config)
+    sft = sft_adapter(config)
     check_output(config)
     judge = None
     if settings.reward == RETRIEVAL:
         rows, judge = judged_rows(config)
     else:
         rows = read_rows(config)
-    chain = read_chain(str(sft))
+    chain = sft_chain(config)
     tokenizer = load_tokenizer(chain.path)
     end = end_token(tokenizer)
     prompts, held_out = split_prompts(rows, config, tokenizer)

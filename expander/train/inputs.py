@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from expander.config import Config, to_yaml
-from expander.model import ADAPTER_CONFIG, Chain, ModelError, read_chain
+from expander.model import ADAPTER_CONFIG, DOWNLOADS, HUB_ID, Chain, ModelError, read_chain
 from expander.prompt import encode_prompt
 from expander.qmd import QMD_SYSTEM_PROMPT
 from expander.rows import Example, Rows, load_rows, local_files, looks_local
@@ -59,13 +59,16 @@ def split_prompts(rows: Rows, config: Config, tokenizer) -> tuple[list[Prompt], 
     return prompts, encode_prompts(held_out, config, tokenizer)
 
 
-def sft_folder(config: Config) -> Path:
-    """The folder of the SFT adapter that GRPO starts from.
+def sft_adapter(config: Config) -> str:
+    """The folder or Hub id of the SFT adapter that GRPO starts from.
 
     Raises:
-        ValueError: it holds no adapter, or is the output folder as well.
+        ValueError: it is a folder without an adapter, or the output folder as well.
     """
     folder = Path(config.model.sft).expanduser()
+    on_the_hub = HUB_ID.fullmatch(config.model.sft) and folder.parts[0] not in ("outputs", "data")
+    if not folder.exists() and on_the_hub:
+        return config.model.sft
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(
             f"model.sft {folder}: no SFT adapter in this folder; run python train.py sft first, or "
@@ -75,7 +78,19 @@ def sft_folder(config: Config) -> Path:
         raise ValueError(
             f"model.output and model.sft are the same folder, {folder}; choose another output"
         )
-    return folder
+    return str(folder)
+
+
+def sft_chain(config: Config, files: Sequence[str] = DOWNLOADS) -> Chain:
+    """The SFT adapter that GRPO starts from, over its base.
+
+    Raises:
+        ValueError: as `sft_adapter`, or a model on the Hub is no adapter.
+    """
+    chain = read_chain(sft_adapter(config), files)
+    if not chain.adapters:
+        raise ValueError(f"model.sft {chain.name}: a whole model; name an adapter")
+    return chain
 
 
 def report_memory(stage: str, config: Config, chain: Chain, longest: int, prefix: str = "") -> None:
@@ -97,7 +112,7 @@ def dry_run(stage: str, config: Config) -> None:
     """
     print(to_yaml(config).rstrip())
     base, data = config.model.base, config.dataset.name
-    start = base if stage == "sft" else str(sft_folder(config))
+    start = base if stage == "sft" else sft_adapter(config)
     if stage == "grpo":
         print(f"# start: {start} (fused), fresh LoRA over it")
     else:
@@ -108,7 +123,8 @@ def dry_run(stage: str, config: Config) -> None:
         print(f"# data: {data} (Hub)")
     print(f"# result: {config.model.output}")
     try:
-        chain = read_chain(start, files=["config.json"])
+        files = ["config.json"]
+        chain = read_chain(base, files) if stage == "sft" else sft_chain(config, files)
         # Nothing is tokenised yet: assume rows as long as allowed, and short queries.
         longest = config.training.max_length if stage == "sft" else 64
         report_memory(stage, config, chain, longest, prefix="# ")
