@@ -26,6 +26,7 @@ from expander.files import expand_path, pointer_error
 STAGES = ("sft", "grpo")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+MODULES_TO_SAVE = ("embed_tokens", "lm_head")
 
 # Keys of the original that have no effect here, and why.
 NO_EFFECT = {
@@ -194,6 +195,7 @@ class Lora:
     alpha: float = key(above=0.0)
     dropout: float = key(minimum=0.0, maximum=0.99)
     target_modules: list[str] = field(metadata={"choices": PROJECTIONS})
+    modules_to_save: list[str] | None  # names in MODULES_TO_SAVE
 
 
 @dataclass
@@ -280,7 +282,7 @@ def _allowed(kind: type, optional: bool, bounds: Mapping, value: object) -> str:
         allowed = f"{'one of' if kind is str else 'a list of'} {', '.join(choices)}"
     else:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-        allowed = names[kind]
+        allowed = names.get(kind, "a list of names")
     for name, (sign, _) in BOUNDS.items():
         if name in bounds:
             allowed += f" {sign} {bounds[name]}"
@@ -545,6 +547,9 @@ def load_config(
         problems += [f"{origin}: {problem}" for problem in found]
     if values.get("model.load_in_4bit") and values.get("model.load_in_8bit"):
         problems.append(f"{path}: model.load_in_4bit and model.load_in_8bit: choose one")
+    if unknown := set(values.get("lora.modules_to_save") or ()) - set(MODULES_TO_SAVE):
+        known = " and ".join(MODULES_TO_SAVE)
+        problems.append(f"{path}: lora.modules_to_save: {min(unknown)!r:.40}; it takes {known}")
     if problems := problems or _missing(stage, values):
         raise ConfigError("\n".join(problems))
 

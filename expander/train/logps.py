@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from expander.fast_exp import logsumexp, softmax_and_lse
+from expander.lora import head_weight
 from expander.model import hidden_states, lm_head
 
 # Logits per chunk of token_logps: 64 MiB in float32.
@@ -27,17 +28,18 @@ def token_logps(
 
     The head is frozen, so the gradient with respect to `hidden`, head^T (onehot - softmax) / T, is
     computed together with the value, chunk by chunk, and attached through a term that is zero. Only
-    N × D numbers are kept for the backward pass, whatever the size of the vocabulary.
+    N × D numbers are kept for the backward pass, whatever the size of the vocabulary. A head that is
+    trained (lora.modules_to_save) is computed again in the backward pass instead.
 
     Args:
         hidden: (N, D), the states that predict the targets.
         targets: (N,) token ids.
-        head: (n, D) → (n, V), linear and without trainable parameters.
+        head: (n, D) → (n, V), linear; from `lm_head`.
 
     Returns:
         (N,) log-probabilities, and (N,) entropies in nats (no gradient) or None if not requested.
     """
-    vocabulary = head(hidden[:1]).shape[-1]
+    vocabulary, weight = head(hidden[:1]).shape[-1], head_weight(head)
     chunk = max(1, LOGIT_BUDGET // vocabulary)
     logps, entropies, done = [], [], []
     for start in range(0, hidden.shape[0], chunk):
@@ -50,12 +52,16 @@ def token_logps(
         scaled = head(frozen).astype(mx.float32)  # (n, V)
         if temperature != 1.0:
             scaled = scaled / temperature
-        if with_gradient or with_entropy:
+        if (with_gradient and weight is None) or with_entropy:
+            # One exponential pass serves both.
             probs, lse = softmax_and_lse(scaled)
         else:
             lse = logsumexp(scaled)  # (n, 1)
         logp = (mx.take_along_axis(scaled, ids, axis=-1) - lse)[:, 0]
-        if with_gradient:
+        if with_gradient and weight is not None:
+            [h] = mx.depends([h], done) if done else [h]
+            logp = mx.checkpoint(_logps_of_trained_head)(h, weight, ids, mx.array(temperature))
+        elif with_gradient:
             at_target = mx.take_along_axis(probs, ids, axis=-1)
             push = mx.put_along_axis(probs, ids, at_target - 1.0, axis=-1)  # softmax - onehot
             slope = mx.vjp(head, [frozen], [push.astype(h.dtype)])[1][0] / temperature  # (n, D)
@@ -67,6 +73,15 @@ def token_logps(
             done.append(entropies[-1])
         logps.append(logp)
     return mx.concatenate(logps), mx.concatenate(entropies) if with_entropy else None
+
+
+def _logps_of_trained_head(
+    hidden: mx.array, weight: mx.array, ids: mx.array, temperature: mx.array
+) -> mx.array:
+    """One chunk of `token_logps`: hidden (n, D), weight (V, D) and ids (n, 1) to (n,)."""
+    logits = (hidden @ weight.astype(hidden.dtype).T).astype(mx.float32) / temperature  # (n, V)
+    picked = mx.take_along_axis(logits, mx.stop_gradient(ids), axis=-1)
+    return (picked - mx.logsumexp(logits, axis=-1, keepdims=True))[:, 0]
 
 
 def pad(

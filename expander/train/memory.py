@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from expander.config import Config
 from expander.model import QUANT_GROUP, Chain, compute_dtype, model_config, recommended_memory
+from expander.peft_adapter import TRAINED
 from expander.train.batches import round_targets, round_width
 from expander.train.logps import LOGIT_BUDGET
 
@@ -105,7 +106,7 @@ class Shape:
             width: bytes of a number in the compute dtype.
             fused: linear maps with an adapter fused in, which leaves them unquantised.
         """
-        full = self.linear(fused)
+        full = self.linear(fused) + self.whole(fused)
         rest = self.parameters() - full
         if not quantization:
             return width * (full + rest)
@@ -114,6 +115,11 @@ class Shape:
     def adapter(self, rank: int, targets: Collection[str]) -> int:
         """Weights of a LoRA adapter."""
         return self.layers * rank * sum(sum(self.projections()[name]) for name in targets)
+
+    def whole(self, names: Collection[str]) -> int:
+        """Weights of the embedding and the head, if they are among `names`; a tied head is one."""
+        found = {"embed_tokens" if self.tied else name for name in names if name in TRAINED}
+        return len(found) * self.vocabulary * self.hidden
 
     def layer(self, tokens: int, length: int, width: int) -> int:
         """Bytes that one layer keeps for the backward pass of `tokens` tokens in rows of `length`."""
@@ -198,6 +204,7 @@ def estimate(
         compiled = 0
     quantization = shape.quantization or (Quantization(bits) if bits else None)
     adapter = shape.adapter(config.lora.rank, config.lora.target_modules)
+    adapter += shape.whole(config.lora.modules_to_save or ())
     return Estimate(
         weights=shape.weights(width, quantization, fused),
         # A narrower compute dtype casts the adapter.

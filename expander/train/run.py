@@ -194,7 +194,12 @@ class Run:
         """
         lora = self.config.lora
         adapter_config = lora_config(
-            model, lora.rank, lora.alpha, lora.dropout, lora.target_modules
+            model,
+            lora.rank,
+            lora.alpha,
+            lora.dropout,
+            lora.target_modules,
+            lora.modules_to_save,
         )
         add_lora(model, adapter_config)
         optimizer = AdamW(self.config.training, self.total)
