@@ -108,12 +108,17 @@ def check(arguments: argparse.Namespace) -> None:
             raise ValueError(f"--{option} needs a GGUF file; add --quantize TYPE")
 
 
-def print_next_steps(name: str, gguf: Path, path: Path) -> None:
-    """Print the commands that run the GGUF file; `path` is its Modelfile."""
+def print_next_steps(name: str, gguf: Path, path: Path, message: str) -> None:
+    """Print the commands that run the GGUF file.
+
+    Args:
+        path: its Modelfile.
+        message: a user turn as trained.
+    """
     print(f"""
 Ollama:
   {create_command(name, path)}
-  {shlex.join([ollama_command() or "ollama", "run", name, user_message("auth config")])}
+  {shlex.join([ollama_command() or "ollama", "run", name, message])}
 
 QMD, in ~/.config/qmd/index.yml:
   models:
@@ -150,12 +155,13 @@ def main() -> None:
         return
     paths = formats.write_gguf_files(chain, arguments.output, name, kinds, arguments.verify)
     path = arguments.output / "Modelfile"
-    write_text(path, modelfile(paths[0].name))
+    write_text(path, modelfile(paths[0].name, chain.frame()))
     if arguments.ollama:
         run_ollama(arguments.ollama, path)
     if publication:
         publish.upload(publication, paths, path)
-    print_next_steps(arguments.ollama or name, paths[0], path)
+    message = user_message("auth config", instruction=chain.frame().instruction)
+    print_next_steps(arguments.ollama or name, paths[0], path, message)
 
 
 if __name__ == "__main__":

@@ -4,20 +4,30 @@ To add one:
 
 1. Check that mlx-lm has it (mlx_lm/models/MODEL_TYPE.py) with the layout that model.py uses:
    `model.model` returns the normed hidden states, `model.layers` holds the layers, and the logits
-   come from `model.lm_head` or from the tied embeddings.
+   come from `lm_head` or from the tied embeddings. Its layers must keep their state in mlx-lm's
+   KVCache, RotatingKVCache or ArraysCache: decode.py and train/logps.py batch these.
 2. Check that the gguf package has it (gguf.MODEL_ARCH) with a name for each of its tensors.
-3. Add an entry to ARCHITECTURES. llama.cpp's converter shows the keys and the row order; mlx-lm's
-   ModelArgs shows the keys of config.json that it needs, and those that it ignores.
-4. If its tokenizer.json splits text in a new way, add llama.cpp's name for that to PRE_TOKENIZERS in
+3. Add an entry to ARCHITECTURES. llama.cpp's converter shows the keys and how it changes the
+   tensors; mlx-lm's ModelArgs shows the keys of config.json that it needs, and those that it
+   ignores. Refuse in `normalize` what either would ignore. `projections` are LoRA's targets.
+4. If its chat has another frame than ChatML, add a Frame to prompt.py.
+5. If its tokenizer.json splits text in a new way, add llama.cpp's name for that to PRE_TOKENIZERS in
    convert/gguf_tokenizer.py. It is chosen by the tokenizer, not by the architecture.
-5. If a layer is more than attention and a gated MLP, extend PROJECTIONS in config.py (LoRA's targets)
-   and Shape in train/memory.py (the memory estimate).
-6. Add a tiny random model to tests/tiny.py and to BASES in tests/test_llama_cpp.py, which compares
-   its greedy tokens with those of a real llama.cpp.
+6. If it has layers without attention, `mixer` gives their share in the memory estimate.
+7. Add a tiny random model to tests/tiny.py and to BASES in tests/test_llama_cpp.py, which compares
+   its greedy tokens with those of a real llama.cpp; and to docs/bases.md.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from expander.prompt import CHATML, LFM2, Frame
+
+# LoRA's default targets: attention and the gated MLP, by the names in most models.
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 def head_dim(config: dict) -> int:
@@ -25,8 +35,95 @@ def head_dim(config: dict) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
+class Layout(NamedTuple):
+    """A tensor of the model as it is stored in a GGUF file.
+
+    Attributes:
+        name: what gguf calls it is looked up by this name.
+        change: from some of its rows, in float32, to the same rows of the file.
+        rows: `change` needs a multiple of so many rows.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    change: Callable[[np.ndarray], np.ndarray] | None = None
+    rows: int = 1
+
+
+class Projection(NamedTuple):
+    """A linear map of the layers: its sizes, and how many layers have it."""
+
+    inputs: int
+    outputs: int
+    layers: int
+
+
+def _same(config: dict) -> dict:
+    return config
+
+
 def _no_keys(config: dict) -> dict[str, int | float]:
     return {}
+
+
+def _no_mixer(config: dict) -> tuple[int, int]:
+    return 0, 0
+
+
+def _as_it_is(config: dict, name: str, shape: tuple[int, ...]) -> Layout:
+    return Layout(name, shape)
+
+
+def attention_layers(config: dict) -> list[int]:
+    """The indices of the layers that have attention over all or the last tokens."""
+    kinds = config.get("layer_types") or ["full_attention"] * config["num_hidden_layers"]
+    return [i for i, kind in enumerate(kinds) if kind in ("full_attention", "sliding_attention")]
+
+
+def _projections(
+    config: dict,
+    output: str = "o_proj",
+    mlp: Sequence[str] = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+) -> dict[str, Projection]:
+    """The maps of attention and of a gated MLP; `mlp` has the names of gate, up and down."""
+    hidden, ffn, layers = (
+        config[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers")
+    )
+    attention, heads = len(attention_layers(config)), config["num_attention_heads"]
+    query = heads * head_dim(config)
+    key_value = (config.get("num_key_value_heads") or heads) * head_dim(config)
+    gate, up, down = mlp
+    return {
+        "self_attn.q_proj": Projection(hidden, query, attention),
+        "self_attn.k_proj": Projection(hidden, key_value, attention),
+        "self_attn.v_proj": Projection(hidden, key_value, attention),
+        f"self_attn.{output}": Projection(query, hidden, attention),
+        gate: Projection(hidden, ffn, layers),
+        up: Projection(hidden, ffn, layers),
+        down: Projection(ffn, hidden, layers),
+    }
+
+
+def select_projections(names: Collection[str], targets: Collection[str]) -> list[str]:
+    """The linear maps that LoRA adapts.
+
+    Args:
+        names: of all maps, within a layer: self_attn.q_proj, conv.in_proj.
+        targets: names, or their last parts, as PEFT matches them. The default, all of PROJECTIONS,
+            stands for every map, whatever the model calls them.
+
+    Raises:
+        ValueError: there is no map of that name.
+    """
+    if set(targets) == set(PROJECTIONS):
+        return sorted(names)
+    found = {target: [x for x in names if f".{x}".endswith(f".{target}")] for target in targets}
+    if missing := sorted(target for target, matches in found.items() if not matches):
+        raise ValueError(
+            f"lora.target_modules: the model has no layer {', '.join(missing)}; it has "
+            f"{', '.join(sorted(names))}"
+        )
+    return sorted(set().union(*found.values()))
 
 
 @dataclass(frozen=True)
@@ -36,28 +133,133 @@ class Architecture:
     Attributes:
         model_type: its name in config.json and in mlx-lm.
         gguf_name: its name in GGUF files, also the prefix of its keys.
+        frame: how its chat is written.
+        normalize: brings a config.json into the form that base_config.py checks and mlx-lm reads,
+            or raises ValueError.
+        projections: the linear maps of its layers, by their names in a layer.
+        mixer: from config.json to what a layer without attention keeps for the backward pass:
+            numbers per token, and float32 numbers of a recurrence's state per token.
         gguf_keys: from config.json to the keys that it has in addition to those of
-            gguf_file.hyperparameters, without the prefix.
+            gguf_file.hyperparameters, or instead of them, without the prefix.
+        gguf_layout: from config.json and a tensor's name and shape to how it is stored.
         interleaved_rope: llama.cpp rotates neighbouring rows of q and k, not the two halves of a
             head as Hugging Face does, so the rows are reordered on export.
         sizes: integers that config.json must have in addition to base_config.SIZES.
+        layer_types: the kinds of layers that config.json may name.
         free_head_dim: a head may have another size than hidden_size / num_attention_heads.
         biases: switches of config.json that mlx-lm obeys; in other architectures they must be off.
+        fixed: other keys of config.json, and the only value that they may have.
         rope_types: the kinds of RoPE that transformers, mlx-lm and llama.cpp compute alike.
     """
 
     model_type: str
     gguf_name: str
-    gguf_keys: Callable[[dict], dict[str, int | float]] = _no_keys
+    frame: Frame = CHATML
+    normalize: Callable[[dict], dict] = _same
+    projections: Callable[[dict], dict[str, Projection]] = _projections
+    mixer: Callable[[dict], tuple[int, int]] = _no_mixer
+    gguf_keys: Callable[[dict], dict[str, int | float | list[int]]] = _no_keys
+    gguf_layout: Callable[[dict, str, tuple[int, ...]], Layout] = _as_it_is
     interleaved_rope: bool = False
     sizes: tuple[str, ...] = ("num_key_value_heads",)
+    layer_types: tuple[str, ...] = ("full_attention",)
     free_head_dim: bool = True
     biases: tuple[str, ...] = ()
+    fixed: dict[str, object] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+
+
+# llama
 
 
 def _llama_keys(config: dict) -> dict[str, int | float]:
     return {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim(config)}
+
+
+# LFM2: a short convolution in most layers, attention in the others
+
+
+def _lfm2_config(config: dict) -> dict:
+    """Give LFM2's settings the common names, the real width of the MLP, and both forms of the
+    layers' kinds."""
+    config = dict(config)
+    layers, hidden = config.get("num_hidden_layers"), config.get("hidden_size")
+    if config.get("layer_types") is None:
+        full = config.get("full_attn_idxs")
+        if not isinstance(full, list) or type(layers) is not int:
+            raise ValueError("layer_types is missing")
+        config["layer_types"] = ["full_attention" if i in full else "conv" for i in range(layers)]
+    kinds = config["layer_types"]
+    if not isinstance(kinds, list) or "full_attention" not in kinds or "conv" not in kinds:
+        raise ValueError(f"layer_types is {kinds!r:.40}, expected conv and full_attention layers")
+    config["full_attn_idxs"] = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
+    if config.get("block_dim") not in (None, hidden):
+        raise ValueError(f"block_dim {config['block_dim']!r:.40} is not hidden_size {hidden}")
+    for key in ("tie_embedding", "tie_word_embeddings"):
+        if config.get(key) not in (None, True):
+            raise ValueError(
+                f"{key} {config[key]!r:.40} is not supported for lfm2 models, only True"
+            )
+    width = config.get("block_ff_dim") or config.get("intermediate_size")
+    if config.get("block_auto_adjust_ff_dim") and type(width) is int:
+        multiple, factor = config.get("block_multiple_of"), config.get("block_ffn_dim_multiplier")
+        if type(multiple) is not int or multiple < 1:
+            raise ValueError(f"block_multiple_of is {multiple!r:.40}, expected an integer from 1")
+        if type(factor) not in (int, float, type(None)):
+            raise ValueError(f"block_ffn_dim_multiplier is {factor!r:.40}, expected a number")
+        width = int(2 * width / 3)
+        width = int(width if factor is None else factor * width)
+        width = -(-width // multiple) * multiple
+    epsilon = config.get("norm_eps") or config.get("block_norm_eps")
+    return config | {
+        "intermediate_size": width,
+        "block_ff_dim": width,
+        "block_auto_adjust_ff_dim": False,
+        "block_multiple_of": config.get("block_multiple_of") or 1,
+        "block_ffn_dim_multiplier": None,
+        "block_dim": hidden,
+        "conv_bias": config.get("conv_bias") or False,
+        "norm_eps": epsilon,
+        "rms_norm_eps": epsilon,
+        "tie_word_embeddings": True,
+    }
+
+
+def _lfm2_projections(config: dict) -> dict[str, Projection]:
+    hidden = config["hidden_size"]
+    convolutions = config["num_hidden_layers"] - len(attention_layers(config))
+    mlp = ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2")
+    return _projections(config, "out_proj", mlp) | {
+        "conv.in_proj": Projection(hidden, 3 * hidden, convolutions),
+        "conv.out_proj": Projection(hidden, hidden, convolutions),
+    }
+
+
+def _lfm2_mixer(config: dict) -> tuple[int, int]:
+    """Three gates and values, their product, the convolution's output and its product."""
+    return 6 * config["hidden_size"], 0
+
+
+def _lfm2_keys(config: dict) -> dict[str, int | float | list[int]]:
+    heads, attention = config["num_key_value_heads"], attention_layers(config)
+    return {
+        "vocab_size": config["vocab_size"],
+        "shortconv.l_cache": config["conv_L_cache"],
+        "attention.head_count_kv": [
+            heads if i in attention else 0 for i in range(config["num_hidden_layers"])
+        ],
+    }
+
+
+def _flat(rows: np.ndarray) -> np.ndarray:
+    """The kernels of a convolution within channels, (C, K, 1), without the last axis."""
+    return rows[..., 0]
+
+
+def _lfm2_layout(config: dict, name: str, shape: tuple[int, ...]) -> Layout:
+    return (
+        Layout(name, shape[:2], _flat) if name.endswith("conv.conv.weight") else Layout(name, shape)
+    )
 
 
 ARCHITECTURES = {
@@ -73,6 +275,21 @@ ARCHITECTURES = {
             sizes=(),
             biases=("attention_bias", "mlp_bias"),
             rope_types=("default", "linear", "yarn", "llama3"),
+        ),
+        Architecture(
+            "lfm2",
+            gguf_name="lfm2",
+            frame=LFM2,
+            normalize=_lfm2_config,
+            projections=_lfm2_projections,
+            mixer=_lfm2_mixer,
+            gguf_keys=_lfm2_keys,
+            gguf_layout=_lfm2_layout,
+            sizes=("num_key_value_heads", "conv_L_cache"),
+            layer_types=("full_attention", "conv"),
+            free_head_dim=False,
+            fixed={"conv_bias": False},
+            rope_types=("default",),
         ),
     )
 }

@@ -8,7 +8,7 @@ compute the same model.
 
 import math
 
-from expander.architectures import ARCHITECTURES, Architecture, head_dim
+from expander.architectures import ARCHITECTURES, Architecture, attention_layers, head_dim
 
 
 class ModelError(ValueError):
@@ -34,6 +34,7 @@ LARGEST = {
     "head_dim": 1 << 13,
     "max_position_embeddings": (1 << 31) - 1,
     "original_max_position_embeddings": (1 << 31) - 1,
+    "conv_L_cache": 1 << 6,
 }
 # What each type of RoPE is computed from.
 ROPE_KEYS = {
@@ -69,11 +70,11 @@ def read_base_config(config: dict) -> dict:
             f"model_type {model_type!r:.40} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[model_type]
-    config = dict(config)
+    config = dict(architecture.normalize(config))
     _check_sizes(config, architecture)
     _number(config, "rms_norm_eps", largest=1)
     _check_switches(config, architecture)
-    _check_attention(config)
+    _check_attention(config, architecture)
     _check_quantization(config)
     theta, scaling = _rope(config, architecture)
     return config | {"rope_theta": theta, "rope_scaling": scaling, "rope_parameters": None}
@@ -138,7 +139,7 @@ def _check_switches(config: dict, architecture: Architecture) -> None:
     if "attention_bias" not in architecture.biases:
         # Qwen2 always has biases of q, k and v and none of o; this switch does not change it.
         fixed |= {} if architecture.model_type == "qwen2" else {"attention_bias": False}
-    for key, value in fixed.items():
+    for key, value in (fixed | architecture.fixed).items():
         if config.get(key) not in (None, value):
             raise ValueError(
                 f"{key} {config[key]!r:.40} is not supported for {architecture.model_type} models, "
@@ -149,8 +150,9 @@ def _check_switches(config: dict, architecture: Architecture) -> None:
             raise ValueError(f"{key} is {config[key]!r:.40}, expected a name such as bfloat16")
 
 
-def _check_attention(config: dict) -> None:
-    """Refuse sliding windows: mlx-lm or llama.cpp would attend to all tokens instead."""
+def _check_attention(config: dict, architecture: Architecture) -> None:
+    """Refuse other kinds of layers, such as sliding windows: mlx-lm or llama.cpp would attend to all
+    tokens instead."""
     kinds, layers = config.get("layer_types"), config["num_hidden_layers"]
     if kinds is None:
         first = config.get("max_window_layers") or 0
@@ -164,7 +166,14 @@ def _check_attention(config: dict) -> None:
             raise ValueError(
                 f"layer_types is {kinds!r:.40}, expected a list of num_hidden_layers {layers}"
             )
-        slides = any(kind != "full_attention" for kind in kinds)
+        slides = (
+            "sliding_attention" in kinds and "sliding_attention" not in architecture.layer_types
+        )
+        if not slides and (other := [x for x in kinds if x not in architecture.layer_types]):
+            raise ValueError(
+                f"layer_types has {other[0]!r:.40}, expected only "
+                f"{' and '.join(architecture.layer_types)}"
+            )
     if slides:
         key = "use_sliding_window" if kinds is None else "layer_types"
         raise ValueError(f"{key}: sliding-window attention is not supported, only full attention")
@@ -256,6 +265,14 @@ def _scaling(kind: str, settings: dict, found: dict, config: dict) -> dict[str, 
     return numbers
 
 
+def text_name(name: str) -> str:
+    """The name of a tensor in the files of a text model, if the model also reads images."""
+    for prefix in ("model.language_model.", "language_model.model."):
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return name.removeprefix("language_model.")
+
+
 def check_against_weights(config: dict, shapes: dict[str, tuple[int, ...]]) -> None:
     """Compare the sizes in config.json with the weights' own; rows are not packed by quantising.
 
@@ -266,6 +283,7 @@ def check_against_weights(config: dict, shapes: dict[str, tuple[int, ...]]) -> N
     Raises:
         ValueError: they differ.
     """
+    shapes = {text_name(name): shape for name, shape in shapes.items()}
     indices = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
     found = max((int(index) for index in indices if index.isdecimal()), default=-1) + 1
     if found and found != config["num_hidden_layers"]:
@@ -274,12 +292,14 @@ def check_against_weights(config: dict, shapes: dict[str, tuple[int, ...]]) -> N
         )
     size, heads, groups = head_dim(config), "num_attention_heads", "num_key_value_heads"
     layer = "model.layers.0"
+    attention = f"model.layers.{attention_layers(config)[0]}.self_attn"
     for name, key, rows in (
         ("model.embed_tokens", "vocab_size", config["vocab_size"]),
         ("model.norm", "hidden_size", config["hidden_size"]),
         (f"{layer}.mlp.gate_proj", "intermediate_size", config["intermediate_size"]),
-        (f"{layer}.self_attn.q_proj", f"{heads} x head_dim", config[heads] * size),
-        (f"{layer}.self_attn.k_proj", f"{groups} x head_dim", config[groups] * size),
+        (f"{layer}.feed_forward.w1", "intermediate_size", config["intermediate_size"]),
+        (f"{attention}.q_proj", f"{heads} x head_dim", config[heads] * size),
+        (f"{attention}.k_proj", f"{groups} x head_dim", config[groups] * size),
     ):
         shape = shapes.get(f"{name}.weight")
         if shape and shape[0] != rows:

@@ -25,7 +25,6 @@ from expander.files import expand_path, pointer_error
 
 STAGES = ("sft", "grpo")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MODULES_TO_SAVE = ("embed_tokens", "lm_head")
 
 # Keys of the original that have no effect here, and why.
@@ -68,6 +67,7 @@ SHORT = reprlib.Repr()  # values in messages: an alias in YAML can stand for a b
 SHORT.maxlevel, SHORT.maxstring, SHORT.maxother = 2, 100, 100
 BOOLEANS = {"yes": True, "on": True, "no": False, "off": False}  # true and false are YAML's own
 LARGEST = 2**31 - 1  # of a number without a maximum: MLX counts in 32 bits
+NAME = re.compile(r"[A-Za-z_][\w.]*")  # of a layer
 # Decimal, so that 012 and 0o12 (octal or not?) and 1:30 (90 in YAML 1.1) are no numbers.
 NUMBER = re.compile(r"[-+]?(0|[1-9][0-9_]*|(?=\.[0-9]))(\.[0-9_]*)?([eE][-+]?[0-9]{1,3})?")
 
@@ -80,8 +80,8 @@ def key(**bounds):
     """A dataclass field without a default.
 
     Args:
-        bounds: above, minimum, maximum and other_than of a number; choices of a name or a list of
-            names; path=True for a file, folder or Hub id.
+        bounds: above, minimum, maximum and other_than of a number; choices of a name; path=True for
+            a file, folder or Hub id.
     """
     assert bounds.keys() <= {*BOUNDS, "choices", "path"}
     return field(metadata=bounds)
@@ -194,7 +194,7 @@ class Lora:
     rank: int = key(minimum=1)
     alpha: float = key(above=0.0)
     dropout: float = key(minimum=0.0, maximum=0.99)
-    target_modules: list[str] = field(metadata={"choices": PROJECTIONS})
+    target_modules: list[str]  # checked against the model, see architectures.select_projections
     modules_to_save: list[str] | None  # names in MODULES_TO_SAVE
 
 
@@ -279,7 +279,7 @@ def _number(value: object, kind: type) -> int | float:
 def _allowed(kind: type, optional: bool, bounds: Mapping, value: object) -> str:
     """The values that a key takes, in words."""
     if choices := bounds.get("choices"):
-        allowed = f"{'one of' if kind is str else 'a list of'} {', '.join(choices)}"
+        allowed = f"one of {', '.join(choices)}"
     else:
         names = {bool: "true or false", int: "an integer", float: "a number", str: "a string"}
         allowed = names.get(kind, "a list of names")
@@ -296,6 +296,10 @@ def _allowed(kind: type, optional: bool, bounds: Mapping, value: object) -> str:
     return allowed
 
 
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
+
+
 def _checked(value: object, kind: type, bounds: Mapping):
     """`value` as a `kind`; ValueError without a message if it is not one within `bounds`."""
     if kind in (int, float):
@@ -306,10 +310,9 @@ def _checked(value: object, kind: type, bounds: Mapping):
             value = BOOLEANS.get(value.lower())
         if not isinstance(value, kind):
             raise ValueError
-    elif not isinstance(value, list) or not value or not all(isinstance(x, str) for x in value):
+    elif not isinstance(value, list) or not value or not all(map(_is_name, value)):
         raise ValueError
-    choices = bounds.get("choices")
-    if choices and not set(value if isinstance(value, list) else [value]) <= set(choices):
+    if bounds.get("choices") and value not in bounds["choices"]:
         raise ValueError
     if not all(within(value, bounds[x]) for x, (_, within) in BOUNDS.items() if x in bounds):
         raise ValueError

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import BatchKVCache
+from mlx_lm.models.cache import ArraysCache, BatchKVCache, make_prompt_cache
 
 from expander.model import hidden_states, lm_head
 
@@ -81,6 +81,20 @@ def random_keys(names: Sequence[str], seed: int) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)
 
 
+def batch_caches(model: nn.Module, padding: list[int]) -> list:
+    """One cache per layer for left-padded rows, by the kind that mlx-lm gives the layer.
+
+    The padding never reaches the state of a convolution or recurrence: ArraysCache masks it. A layer
+    with a sliding window keeps all keys, and its mask hides those before the window.
+    """
+    return [
+        ArraysCache(len(cache.cache), padding)
+        if isinstance(cache, ArraysCache)
+        else BatchKVCache(padding)
+        for cache in make_prompt_cache(model)
+    ]
+
+
 class Batch:
     """The rows that are decoded together: cache, sampler state and next logits of each."""
 
@@ -98,7 +112,7 @@ class Batch:
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
         tokens = [[0] * pad + list(ids) for pad, ids in zip(padding, prompts, strict=True)]
-        cache = [BatchKVCache(padding) for _ in self.model.layers]
+        cache = batch_caches(self.model, padding)
         last = hidden_states(self.model, mx.array(tokens), cache)[:, -1]  # (P, D)
         repeated = mx.array([i for i, count in enumerate(copies) for _ in range(count)])
         for layer in cache:

@@ -34,10 +34,11 @@ from expander.adapter_config import (
     read_adapter_config,
     read_adapter_weights,
 )
+from expander.architectures import ARCHITECTURES, select_projections
 from expander.base_config import ModelError, check_against_weights, read_base_config
 from expander.files import atomic_write, read_json, save_arrays, write_json
 from expander.peft_adapter import PEFT_FILE
-from expander.prompt import IM_END, render_prompt
+from expander.prompt import Frame, frame_of, render_prompt
 from expander.queries import QUERY_DIGESTS
 from expander.tokenizer_files import find_tokenizer_fault
 from expander.weight_files import digest, equal_tensors, read_header, read_tensors
@@ -56,7 +57,7 @@ ADAPTER_DOWNLOADS = [
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 QUANT_GROUP = 64
 WIRED_SHARE = 0.95  # of the recommended memory; more than the system's limit is an error
-SAMPLE = render_prompt("C++ and C#: 42 naïve cafés, don't")
+SAMPLE = "C++ and C#: 42 naïve cafés, don't"
 READ_BY_MLX_LM = ("generation_config.json", "hf_quant_config.json")
 
 
@@ -87,6 +88,10 @@ class Chain:
         """The LoRA scale of each adapter, which is not in the file that is hashed."""
         configs = [read_adapter_config(folder) for folder in self.adapters]
         return [config["lora_parameters"]["scale"] for config in configs]
+
+    def frame(self) -> Frame:
+        """How its base writes a chat."""
+        return ARCHITECTURES[model_config(self.path)["model_type"]].frame
 
     def adapted_layers(self) -> set[str]:
         """The names of the modules that an adapter of the chain changes, such as q_proj."""
@@ -320,7 +325,7 @@ def model_config(path: Path) -> dict:
 
 
 def load_tokenizer(path: Path):
-    """mlx-lm's tokenizer of a base model's folder.
+    """mlx-lm's tokenizer of a base model's folder, with the model's `frame`.
 
     Raises:
         ModelError: it cannot be loaded, differs from the tokenizer.json that is exported, or has ids
@@ -333,11 +338,15 @@ def load_tokenizer(path: Path):
         raise ModelError(f"{path}: no tokenizer.json in this folder")
     if fault := find_tokenizer_fault(path):
         raise ModelError(fault)
+    config = model_config(path)
+    frame = ARCHITECTURES[config["model_type"]].frame
+    sample = render_prompt(SAMPLE, frame=frame)
     try:
         tokenizer = load(path)
-        ids = tokenizer.encode(SAMPLE, add_special_tokens=False)
+        tokenizer.frame = frame
+        ids = tokenizer.encode(sample, add_special_tokens=False)
         stored = Tokenizer.from_file(str(path / "tokenizer.json"))
-        same = ids == stored.encode(SAMPLE, add_special_tokens=False).ids
+        same = ids == stored.encode(sample, add_special_tokens=False).ids
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # whatever transformers and tokenizers raise on a damaged file
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from None
@@ -346,7 +355,7 @@ def load_tokenizer(path: Path):
             f"{path}: transformers tokenises a prompt otherwise than tokenizer.json, which is "
             "exported; tokenizer_config.json contradicts it: take both from the original model"
         )
-    size = model_config(path)["vocab_size"]
+    size = config["vocab_size"]
     if largest >= size:
         raise ModelError(
             f"{path}: the tokenizer has ids up to {largest}, but config.json's vocab_size is {size}"
@@ -362,14 +371,15 @@ def _first_line(error: Exception) -> str:
 
 
 def end_token(tokenizer) -> int:
-    """The id of <|im_end|>, the last token of every completion.
+    """The id of the frame's end, the last token of every completion.
 
     Raises:
-        ModelError: the vocabulary has no such token, so this is not a ChatML model.
+        ModelError: the vocabulary has no such token, so this model has another frame.
     """
-    ids = tokenizer.encode(IM_END, add_special_tokens=False)
+    end = frame_of(tokenizer).end
+    ids = tokenizer.encode(end, add_special_tokens=False)
     if len(ids) != 1:
-        raise ModelError(f"the tokenizer has no {IM_END} token; only ChatML models are supported")
+        raise ModelError(f"the tokenizer has no {end} token, which the model's chat needs")
     return ids[0]
 
 
@@ -436,18 +446,18 @@ def lora_config(
     """mlx-lm's adapter configuration, with scale alpha / rank.
 
     Args:
-        targets: the last part of each linear layer's name, such as "q_proj".
+        targets: see `select_projections`.
         modules_to_save: names in TRAINED of the modules to train as a whole.
 
     Raises:
         ModelError: the model has no layer of that name.
     """
     linear = (nn.Linear, nn.QuantizedLinear)
-    names = {name for name, m in model.layers[0].named_modules() if isinstance(m, linear)}
-    keys = sorted(name for name in names if name.split(".")[-1] in targets)
-    missing = sorted(set(targets) - {name.split(".")[-1] for name in keys})
-    if missing:
-        raise ModelError(f"lora.target_modules: the model has no layer {', '.join(missing)}")
+    names = {name for x in model.layers for name, m in x.named_modules() if isinstance(m, linear)}
+    try:
+        keys = select_projections(names, targets)
+    except ValueError as error:
+        raise ModelError(str(error)) from None
     config = {
         "fine_tune_type": "lora",
         "num_layers": len(model.layers),
@@ -621,4 +631,5 @@ def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:
 
 def lm_head(model: nn.Module) -> Callable[[mx.array], mx.array]:
     """The vocabulary head: (..., D) → (..., V)."""
-    return model.lm_head if "lm_head" in model else model.model.embed_tokens.as_linear
+    owner = getattr(model, "language_model", model)
+    return owner.lm_head if "lm_head" in owner else model.model.embed_tokens.as_linear

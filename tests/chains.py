@@ -8,7 +8,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from expander import model as models
-from expander.config import PROJECTIONS
+from expander.architectures import PROJECTIONS
 
 
 def make_adapter(
@@ -40,10 +40,10 @@ def make_adapter(
     return folder
 
 
-def make_chain(root: Path, base: Path) -> Path:
-    """base → SFT → GRPO; the second adapter has another scale and only two projections."""
+def make_chain(root: Path, base: Path, targets: tuple[str, ...] = ("q_proj", "v_proj")) -> Path:
+    """base → SFT → GRPO; the second adapter has another scale and only the projections `targets`."""
     sft = make_adapter(root / "sft", base)
-    return make_adapter(root / "grpo", sft, rank=2, scale=3.0, targets=("q_proj", "v_proj"), seed=2)
+    return make_adapter(root / "grpo", sft, rank=2, scale=3.0, targets=targets, seed=2)
 
 
 def fused(folder: Path) -> dict[str, np.ndarray]:

@@ -8,7 +8,8 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 
 from expander import model as models
-from expander.config import PROJECTIONS, load_config
+from expander.architectures import PROJECTIONS
+from expander.config import load_config
 from expander.decode import TemperatureSampler, generate, random_keys
 from expander.lora import LoRALinear
 from expander.train.batches import Row, collate

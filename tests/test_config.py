@@ -8,11 +8,11 @@ import pytest
 import yaml
 
 from expander import config as configuration
+from expander.architectures import PROJECTIONS
 from expander.config import (
     CONFIGS,
     KEYS,
     NO_EFFECT,
-    PROJECTIONS,
     ConfigError,
     load_config,
     same_settings,
@@ -234,7 +234,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         """
         model: {bose: x}
         training: {learning_rte: 1, epochs: many, batch_size: 2.5, seed: true, max_grad_norm: -1}
-        lora: {rank: 0, target_modules: [q_proj, w_proj], dropout: .nan}
+        lora: {rank: 0, target_modules: q_proj, dropout: .nan}
         grpo: 7
         """,
     )
@@ -247,7 +247,7 @@ def test_all_problems_are_reported_at_once(tmp_path):
         ("training.seed", "True", "an integer >= 0"),
         ("training.max_grad_norm", "-1", ">= 0.0"),
         ("lora.rank", "0", "an integer >= 1"),
-        ("lora.target_modules", "['q_proj', 'w_proj']", "q_proj, k_proj"),
+        ("lora.target_modules", "'q_proj'", "a list of names"),
         ("lora.dropout", "nan", "a number >= 0.0 <= 0.99"),
         ("grpo", "7", "not a section"),
         ("training.lr_scheduler", "'cosin'", "cosine, linear, constant"),

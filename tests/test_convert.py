@@ -27,10 +27,10 @@ from examples import get_smollm2
 from expander import model as models
 from expander.convert import formats, gguf_file, kquants, weights
 from expander.convert import modelfile as modelfile_module
-from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, PROBES, check_tokenizer, read_tokenizer
+from expander.convert.gguf_tokenizer import PROBES, check_tokenizer, read_tokenizer
 from expander.convert.modelfile import modelfile, ollama_command
 from expander.model import read_chain
-from expander.prompt import render_prompt, user_message
+from expander.prompt import CHATML, render_prompt, user_message
 from expander.qmd import SAMPLING
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5
@@ -265,7 +265,7 @@ def test_keys_of_qwen3(chain, export, tmp_path):
         "tokenizer.ggml.eos_token_id": im_end,
         "tokenizer.ggml.padding_token_id": end_of_text,
         "tokenizer.ggml.add_bos_token": False,
-        "tokenizer.chat_template": CHAT_TEMPLATE,
+        "tokenizer.chat_template": CHATML.jinja(),
     }
     # 267 rows of the embedding have no token.
     assert len(tokens) == len(kinds) == fused(chain)["model.embed_tokens.weight"].shape[0]
@@ -323,7 +323,10 @@ def test_the_pre_tokenizer_is_recognised_by_its_steps(tiny_llama, tmp_path):
     assert read_tokenizer(path.parent, 600).pre == "llama-bpe"
     found["model"]["ignore_merges"] = False
     path.write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="supported: qwen2, llama-bpe, smollm"):
+    assert read_tokenizer(path.parent, 600).pre == "smaug-bpe"
+    found["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\s+"}
+    path.write_text(json.dumps(found))
+    with pytest.raises(ValueError, match="supported: qwen2, llama-bpe, smaug-bpe, smollm"):
         read_tokenizer(path.parent, 600)
 
 
@@ -357,7 +360,7 @@ def test_both_templates_render_the_trained_prompt(system):
     messages = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": user_message("auth config")})
     expected = render_prompt("auth config", system)
-    jinja = jinja2.Environment().from_string(CHAT_TEMPLATE)
+    jinja = jinja2.Environment().from_string(CHATML.jinja())
     assert jinja.render(messages=messages, add_generation_prompt=True) == expected
 
     text = re.search(r'TEMPLATE """(.*?)"""', modelfile("x"), re.DOTALL)[1]

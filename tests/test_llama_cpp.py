@@ -24,7 +24,7 @@ from expander.convert import formats
 from expander.convert.gguf_tokenizer import PROBES
 from expander.files import save_arrays
 from expander.model import read_chain
-from expander.prompt import render_prompt, user_message
+from expander.prompt import encode_prompt, render_prompt, user_message
 from expander.qmd import QMD_SYSTEM_PROMPT
 
 HERE = Path(__file__).parent
@@ -44,7 +44,7 @@ def export(folder: Path, output: Path, *kinds: str) -> list[Path]:
 
 
 def prompts(tokenizer) -> list[list[int]]:
-    return [tokenizer.encode(render_prompt(query), add_special_tokens=False) for query in QUERIES]
+    return [encode_prompt(tokenizer, query) for query in QUERIES]
 
 
 def llama_cpp(
@@ -97,7 +97,10 @@ BASES = {
     "tied": lambda folder: tiny.make_qwen3(folder, hidden=32, full_vocab=True, seed=3),
     "untied": lambda folder: tiny.make_qwen3(folder, tied=False, hidden=32, seed=41),
     "llama": lambda folder: tiny.make_llama(folder, seed=4),
+    "lfm2": lambda folder: tiny.make_lfm2(folder, seed=37),
 }
+# The layers of the second adapter.
+TARGETS = {"lfm2": ("conv.in_proj", "v_proj")}
 
 
 @pytest.fixture(scope="class", autouse=True)
@@ -111,15 +114,14 @@ def loaded_once():
 
 
 @pytest.fixture(scope="class", params=BASES)
-def exported(request, loaded_once, tmp_path_factory) -> tuple[Path, dict, list[list[int]]]:
-    """A chain's folder, llama.cpp's results for its F16 file, and the prompts."""
+def exported(request, loaded_once, tmp_path_factory) -> tuple[Path, list[dict], list[list[int]]]:
+    """A chain's folder, llama.cpp's results for its F16 and Q4_K_M files, and the prompts."""
     root = tmp_path_factory.mktemp(request.param)
     base = BASES[request.param](root / "base")
-    folder = make_chain(root, base)
+    folder = make_chain(root, base, TARGETS.get(request.param, ("q_proj", "v_proj")))
     ids = prompts(models.load_tokenizer(base))
-    paths = export(folder, root / "gguf", "f16")
-    (found,) = llama_cpp(paths, ids, root, user_message("auth config"))
-    return folder, found, ids
+    paths = export(folder, root / "gguf", "f16", "q4_k_m")
+    return folder, llama_cpp(paths, ids, root, user_message("auth config")), ids
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
@@ -205,13 +207,13 @@ class TestLlamaCpp:
     __test__ = (HERE / "node_modules" / "node-llama-cpp").is_dir()
 
     def test_greedy_answers_equal_mlxs(self, exported):
-        folder, found, ids = exported
+        folder, (found, _), ids = exported
         model, _ = models.load_chain(read_chain(str(folder)), fuse_last=True)
         assert found["greedy"] == [mlx(model, prompt) for prompt in ids]
 
     def test_without_the_last_adapter_they_differ(self, exported):
         """The test above would fail for a file of the SFT model."""
-        folder, found, ids = exported
+        folder, (found, _), ids = exported
         model, _ = models.load_chain(read_chain(str(folder / "sft")), fuse_last=True)
         same = [
             ours == theirs
@@ -221,16 +223,23 @@ class TestLlamaCpp:
         assert sum(same) < len(same) / 2
 
     def test_tokens_equal_the_base_models(self, exported):
-        folder, found, _ = exported
+        folder, (found, _), _ = exported
         tokenizer = models.load_tokenizer(read_chain(str(folder)).path)
         for text, tokens in zip(PROBES, found["tokens"], strict=True):
             assert tokens == tokenizer.encode(text, add_special_tokens=False), text
 
     def test_the_prompt_in_qmd(self, exported):
-        """The trained frame with QMD's system turn, no BOS and no think block."""
-        _, found, _ = exported
+        """The trained frame with QMD's system turn, no other BOS and no think block."""
+        folder, (found, _), _ = exported
+        frame = read_chain(str(folder)).frame()
         assert found["wrapper"] == "JinjaTemplate"
-        assert found["chat"] == render_prompt("auth config", QMD_SYSTEM_PROMPT)
+        assert found["chat"] == render_prompt("auth config", QMD_SYSTEM_PROMPT, frame=frame)
+
+    def test_the_q4_k_m_file_answers_much_like_it(self, exported):
+        folder, (_, found), ids = exported
+        model, _ = models.load_chain(read_chain(str(folder)), fuse_last=True)
+        print(surprise(model, ids, found["greedy"]))
+        assert surprise(model, ids, found["greedy"]) < 1.5
 
     def test_every_type_keeps_the_trained_answers(self, trained, tmp_path):
         tokenizer = models.load_tokenizer(trained)

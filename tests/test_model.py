@@ -14,7 +14,7 @@ from dtypes import tolerance
 from mlx.utils import tree_flatten
 
 from expander import model as models
-from expander.config import PROJECTIONS
+from expander.architectures import PROJECTIONS
 from expander.model import ModelError
 from expander.prompt import render_prompt
 
@@ -369,7 +369,7 @@ def test_a_model_that_is_not_chatml_is_refused(tiny_llama, tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         text = (folder / name).read_text(encoding="utf-8")
         (folder / name).write_text(text.replace("<|im_end|>", "</s>"), encoding="utf-8")
-    with pytest.raises(ModelError, match="only ChatML models"):
+    with pytest.raises(ModelError, match=r"no <\|im_end\|> token"):
         models.end_token(models.load_tokenizer(folder))
 
 

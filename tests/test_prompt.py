@@ -78,8 +78,13 @@ def test_query_of_inverts_user_message(query):
     assert query_of(f"  {user_message(query)}\n") == query
 
 
+def test_the_query_of_a_row_written_for_lfm2():
+    """The original trains LFM2 without /no_think."""
+    assert query_of("Expand this search query: auth config") == "auth config"
+
+
 def test_query_of_other_text_is_none():
-    assert query_of("Expand this search query: auth") is None
+    assert query_of("Widen this search query: auth") is None
     assert query_of(user_message("")) == ""
 
 

@@ -52,6 +52,12 @@ LLAMA_SPECIAL = [
     "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>",
     "<empty_output>",
 ]
+# LFM2's, ids 0 to 13.
+LFM2_SPECIAL = [
+    "<|pad|>", "<|startoftext|>", "<|endoftext|>", "<|fim_pre|>", "<|fim_mid|>", "<|fim_suf|>",
+    "<|im_start|>", "<|im_end|>", "<|tool_list_start|>", "<|tool_list_end|>",
+    "<|tool_call_start|>", "<|tool_call_end|>", "<|tool_response_start|>", "<|tool_response_end|>",
+]
 # fmt: on
 
 QWEN_TEMPLATE = """\
@@ -237,6 +243,94 @@ def make_llama(
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
+def make_lfm2(
+    folder: Path,
+    *,
+    hidden: int = 64,
+    layer_types: tuple[str, ...] = ("conv", "full_attention", "conv", "conv"),
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn: int = 192,
+    seed: int = 0,
+) -> Path:
+    """Write a random float32 LFM2 into `folder` and return it.
+
+    As in LFM2's config.json, the MLP is narrower than `ffn`: two thirds, rounded up to 32.
+    """
+    tokenizer = lfm2_tokenizer()
+    config = {
+        "architectures": ["Lfm2ForCausalLM"],
+        "block_auto_adjust_ff_dim": True,
+        "block_dim": hidden,
+        "block_ff_dim": ffn,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_multiple_of": 32,
+        "block_norm_eps": 1e-5,
+        "block_use_swiglu": True,
+        "bos_token_id": 1,
+        "conv_L_cache": 3,
+        "conv_bias": False,
+        "conv_dim": hidden,
+        "eos_token_id": 7,
+        "full_attn_idxs": [i for i, kind in enumerate(layer_types) if kind == "full_attention"],
+        "hidden_size": hidden,
+        "max_position_embeddings": 128000,
+        "model_type": "lfm2",
+        "norm_eps": 1e-5,
+        "num_attention_heads": heads,
+        "num_heads": heads,
+        "num_hidden_layers": len(layer_types),
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": 0,
+        "rope_theta": 1000000.0,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+    tokenizer_config = {
+        "add_bos_token": True,
+        "bos_token": "<|startoftext|>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 128000,
+        "pad_token": "<|pad|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    generation_config = {"bos_token_id": 1, "eos_token_id": 7, "pad_token_id": 0}
+    draw = Draw(seed)
+    width, size = -(-(2 * ffn // 3) // 32) * 32, hidden // heads
+    weights = {
+        "model.embed_tokens": draw.matrix(config["vocab_size"], hidden, gain=1),
+        "model.embedding_norm": draw.norm(hidden),
+    }
+    for index, kind in enumerate(layer_types):
+        layer = {
+            "operator_norm": draw.norm(hidden),
+            "ffn_norm": draw.norm(hidden),
+            "feed_forward.w1": draw.matrix(width, hidden),
+            "feed_forward.w2": draw.matrix(hidden, width),
+            "feed_forward.w3": draw.matrix(width, hidden),
+        }
+        if kind == "conv":
+            layer |= {
+                "conv.conv": draw.matrix(hidden, 3)[:, None],
+                "conv.in_proj": draw.matrix(3 * hidden, hidden),
+                "conv.out_proj": draw.matrix(hidden, hidden),
+            }
+        else:
+            layer |= {
+                "self_attn.q_proj": draw.matrix(heads * size, hidden),
+                "self_attn.k_proj": draw.matrix(kv_heads * size, hidden),
+                "self_attn.v_proj": draw.matrix(kv_heads * size, hidden),
+                "self_attn.out_proj": draw.matrix(hidden, heads * size),
+                "self_attn.q_layernorm": draw.norm(size),
+                "self_attn.k_layernorm": draw.norm(size),
+            }
+        weights |= {f"model.layers.{index}.{name}": value for name, value in layer.items()}
+    weights = {f"{name}.weight": value for name, value in weights.items()}
+    return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
+
+
 def make_qwen2(folder: Path, **options) -> Path:
     """Write a Qwen3 without head norms and with biases of q, k and v, which is a Qwen2."""
     make_qwen3(folder, **options)
@@ -311,6 +405,24 @@ def llama_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def lfm2_tokenizer() -> Tokenizer:
+    """A tokenizer in LFM2's layout: special tokens first, Llama 3's split, a BOS by template."""
+    tokenizer = Tokenizer(BPE(ignore_merges=True))
+    split = QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    _train(tokenizer, special=LFM2_SPECIAL)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", 1)]
+    )
+    return tokenizer
+
+
 def _train(tokenizer: Tokenizer, special: list[str]) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=512,
@@ -337,23 +449,31 @@ def _grow(model: dict, size: int) -> BPE:
                 merges.append((first, second))
 
 
-def _weights(config: dict, *, head_norms: bool, seed: int) -> dict[str, np.ndarray]:
+class Draw:
     """Random float32 weights, large enough that greedy decoding does not repeat the last token.
 
     Norms differ from 1, so that a swapped pair shows.
     """
-    rng = np.random.default_rng(seed)
+
+    def __init__(self, seed: int):
+        self.rng = np.random.default_rng(seed)
+
+    def matrix(self, rows: int, columns: int, gain: float = 2.0) -> np.ndarray:
+        return self.rng.normal(0, gain * columns**-0.5, (rows, columns)).astype(np.float32)
+
+    def norm(self, size: int, mean: float = 1.0) -> np.ndarray:
+        return self.rng.normal(mean, 0.1, size).astype(np.float32)
+
+
+def _weights(config: dict, *, head_norms: bool, seed: int) -> dict[str, np.ndarray]:
+    """The weights of a model with attention and a gated MLP in every layer."""
+    draw = Draw(seed)
     hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     head_dim = config["head_dim"]
     q_rows = config["num_attention_heads"] * head_dim
     kv_rows = config["num_key_value_heads"] * head_dim
 
-    def matrix(rows: int, columns: int, gain: float = 2.0) -> np.ndarray:
-        return rng.normal(0, gain * columns**-0.5, (rows, columns)).astype(np.float32)
-
-    def norm(size: int) -> np.ndarray:
-        return rng.normal(1, 0.1, size).astype(np.float32)
-
+    matrix, norm = draw.matrix, draw.norm
     weights = {"model.embed_tokens": matrix(vocab, hidden, gain=1), "model.norm": norm(hidden)}
     if not config["tie_word_embeddings"]:
         weights["lm_head"] = matrix(vocab, hidden, gain=1)

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from expander import cli
 from expander.convert import gguf_file
-from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, check_tokenizer, read_tokenizer
+from expander.convert.gguf_tokenizer import check_tokenizer, read_tokenizer
 from expander.convert.weights import FusedWeights, take_adapters
 from expander.files import atomic_write, save_arrays, write_json, write_text
 from expander.model import Chain, load_base, load_tokenizer, model_config
@@ -51,7 +51,7 @@ def write_gguf_files(
         OSError: a file cannot be written.
     """
     config = model_config(chain.path)
-    tokenizer = read_tokenizer(chain.path, config["vocab_size"])
+    tokenizer = read_tokenizer(chain.path, config["vocab_size"], chain.frame())
     if verify:
         base = load_tokenizer(chain.path)
         check_tokenizer(tokenizer, partial(base.encode, add_special_tokens=False))
@@ -146,7 +146,7 @@ def write_mlx(chain: Chain, folder: Path) -> None:
         if "lm_head.weight" in weights.shapes:  # an adapter may have untied it
             config["tie_word_embeddings"] = False
         write_json(made / "config.json", config)
-        write_text(made / "chat_template.jinja", CHAT_TEMPLATE)
+        write_text(made / "chat_template.jinja", chain.frame().jinja())
         for name in TOKENIZER_FILES:
             if (chain.path / name).is_file():
                 shutil.copy(chain.path / name, made / name)

@@ -8,6 +8,7 @@ import math
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -17,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from expander.architectures import ARCHITECTURES, head_dim
 from expander.convert import kquants
-from expander.convert.gguf_tokenizer import CHAT_TEMPLATE, GGUFTokenizer
+from expander.convert.gguf_tokenizer import GGUFTokenizer
 from expander.convert.weights import FusedWeights
 
 # The types of --quantize.
@@ -72,8 +73,9 @@ def hyperparameters(config: dict) -> dict[str, tuple]:
         values["rope.scaling.factor"] = (scaling["factor"], FLOAT32)
         if original := scaling.get("original_max_position_embeddings"):
             values["rope.scaling.original_context_length"] = (original, UINT32)
+    types = {float: FLOAT32, list: ARRAY}
     for key, value in architecture.gguf_keys(config).items():
-        values[key] = (value, FLOAT32 if isinstance(value, float) else UINT32)
+        values[key] = (value, types.get(type(value), UINT32))
     return {f"{architecture.gguf_name}.{key}": value for key, value in values.items()}
 
 
@@ -81,6 +83,7 @@ def metadata(
     config: dict, tokenizer: GGUFTokenizer, name: str, file_type: LlamaFileType
 ) -> dict[str, tuple]:
     """All keys of the file except general.architecture, key -> (value, type)."""
+    frame = ARCHITECTURES[config["model_type"]].frame
     return {
         "general.type": ("model", STRING),
         "general.name": (name, STRING),
@@ -96,9 +99,9 @@ def metadata(
         "tokenizer.ggml.bos_token_id": (tokenizer.bos, UINT32),
         "tokenizer.ggml.eos_token_id": (tokenizer.eos, UINT32),
         "tokenizer.ggml.padding_token_id": (tokenizer.pad, UINT32),
-        # For this kind of tokenizer, older llama.cpp versions take a missing key as true.
-        "tokenizer.ggml.add_bos_token": (False, BOOL),
-        "tokenizer.chat_template": (CHAT_TEMPLATE, STRING),
+        # For byte-level tokenizers, older llama.cpp versions take a missing key as true.
+        "tokenizer.ggml.add_bos_token": (bool(frame.bos), BOOL),
+        "tokenizer.chat_template": (frame.jinja(), STRING),
     }
 
 
@@ -110,7 +113,8 @@ class Tensor:
     name: str  # its name in the file
     shape: tuple[int, ...]  # rows first
     type: GGMLQuantizationType
-    permuted_head: int = 0  # the head size if `permute` reorders its rows
+    change: Callable[[np.ndarray], np.ndarray] | None = field(default=None, compare=False)
+    multiple: int = 1  # rows that `change` needs together
     values: np.ndarray | None = field(
         default=None, compare=False
     )  # float32, if they are not the model's
@@ -224,16 +228,26 @@ def plan(
     names = gguf.get_tensor_name_map(MODEL_ARCHS[architecture.gguf_name], layers)
     tied = "lm_head.weight" not in shapes
     permuted = ("attn_q", "attn_k") if architecture.interleaved_rope else ()
-    tensors = []
+    layouts, tensors = {}, []
     for source, shape in shapes.items():
-        target = names.get_name(source, try_suffixes=(".weight", ".bias"))
+        layout = architecture.gguf_layout(config, source, shape)
+        target = names.get_name(layout.name, try_suffixes=(".weight", ".bias"))
         if target is None:
             raise ValueError(
                 f"tensor {source} is not part of a {architecture.gguf_name} model in llama.cpp"
             )
-        stored = kquants.tensor_type(target, shape, file_type, n_layers=layers, tied=tied)
-        size = head_dim(config) if target.split(".")[-2] in permuted else 0
-        tensors.append(Tensor(source, target, shape, stored, size))
+        layouts[target] = source, layout
+    parts = [target.split(".") for target in layouts]
+    values = sorted({int(part[1]) for part in parts if part[-2] in kquants.VALUES})
+    for target, (source, layout) in layouts.items():
+        _, shape, change, rows = layout
+        stored = kquants.tensor_type(
+            target, shape, file_type, n_layers=layers, tied=tied, values=values
+        )
+        if target.split(".")[-2] in permuted:
+            rows = head_dim(config)
+            change = partial(permute, size=rows)
+        tensors.append(Tensor(source, target, shape, stored, change, rows))
     if (factors := rope_factors(config)) is not None:
         f32 = GGMLQuantizationType.F32
         tensors.append(Tensor("", "rope_freqs.weight", factors.shape, f32, values=factors))
@@ -273,10 +287,10 @@ def _write_tensor(
     """Append a tensor to the file, and return its `sample_rows` in float32."""
     kept, first = [], 0
     rows = sample_rows(tensor)
-    pieces = weights.read(tensor.source, multiple=tensor.permuted_head or 1)
+    pieces = weights.read(tensor.source, multiple=tensor.multiple)
     for piece in pieces if tensor.values is None else [tensor.values]:
-        if tensor.permuted_head:
-            piece = permute(piece, tensor.permuted_head)
+        if tensor.change is not None:
+            piece = np.ascontiguousarray(tensor.change(piece), np.float32)
         try:
             file.write(kquants.quantize(piece, tensor.type).data)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template of a GGUF file.
+"""The tokenizer of a GGUF file.
 
 The tokenizer is read from the base model's own tokenizer.json, because copies saved by mlx-lm or
 transformers lose keys and may have another pre-tokenizer. Only byte-level BPE is supported, which is
@@ -13,23 +13,7 @@ from pathlib import Path
 from gguf import TokenType
 from tokenizers import Tokenizer
 
-from expander.prompt import IM_END, IM_START
-
-# The frame of prompt.py, without tools and thinking, for two readers:
-# - QMD: if node-llama-cpp 3.20.0 finds a template equal to its own ChatML wrapper, it uses that
-#   wrapper, which puts the BOS token in front of the prompt. This template differs in one place:
-#   no newline follows an assistant's turn, as training ends at <|im_end|>. So node-llama-cpp renders
-#   the template itself: the trained bytes, with no BOS and no think block. The template keeps the
-#   system turn that node-llama-cpp adds, because it rejects a template that drops a message.
-# - Ollama 0.30 and later ignores a Modelfile's TEMPLATE if the file's own template has more
-#   capabilities, as the stock Qwen3 template does (tools, thinking).
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    f"{{{{ '{IM_START}' + message.role + '\\n' + message.content + '{IM_END}' }}}}"
-    "{% if message.role != 'assistant' %}{{ '\\n' }}{% endif %}"
-    "{% endfor %}"
-    f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\\n' }}}}{{% endif %}}"
-)
+from expander.prompt import CHATML, Frame
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -49,11 +33,13 @@ def _split(regex: str) -> list[dict]:
 PRE_TOKENIZERS = {
     "qwen2": _split(_QWEN2),
     "llama-bpe": _split(_LLAMA3),
+    "smaug-bpe": _split(_LLAMA3),
     "smollm": [
         {"type": "Digits", "individual_digits": True},
         {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
     ],
 }
+PADDING = ("<|pad|>", "<|endoftext|>", "<|end_of_text|>")
 # With this one, llama.cpp uses a word that is in the vocabulary as one token, without merging.
 IGNORES_MERGES = "llama-bpe"
 
@@ -87,12 +73,12 @@ class GGUFTokenizer:
     pad: int
 
 
-def read_tokenizer(folder: Path, size: int) -> GGUFTokenizer:
+def read_tokenizer(folder: Path, size: int, frame: Frame = CHATML) -> GGUFTokenizer:
     """The tokenizer in a base model's folder, padded to `size` tokens.
 
     Raises:
         ValueError: tokenizer.json is missing or cannot be read, llama.cpp does not support it, or it
-            has no ChatML tokens.
+            has none of the frame's tokens.
     """
     path = folder / "tokenizer.json"
     try:
@@ -112,9 +98,9 @@ def read_tokenizer(folder: Path, size: int) -> GGUFTokenizer:
             f"{path}: llama.cpp has no equivalent for its pre-tokenizer; "
             f"supported: {', '.join(PRE_TOKENIZERS)}"
         )
-    missing = [token for token in (IM_START, IM_END) if token not in ids]
-    if missing:
-        raise ValueError(f"{path}: no {missing[0]} token; only ChatML models are supported")
+    needed = filter(None, (frame.start, frame.end, frame.bos))
+    if missing := [token for token in needed if token not in ids]:
+        raise ValueError(f"{path}: no {missing[0]} token, which the model's chat needs")
     if max(ids.values()) >= size:
         raise ValueError(
             f"{path}: {max(ids.values()) + 1} tokens, but config.json's vocab_size is {size}"
@@ -130,8 +116,9 @@ def read_tokenizer(folder: Path, size: int) -> GGUFTokenizer:
         types[token["id"]] = TokenType.CONTROL if special else TokenType.USER_DEFINED
     # The model's own BOS may be <|im_start|>, as SmolLM2's is. A runtime that puts the BOS in front
     # of the prompt would then open the turn twice, so the file names the end of text instead.
-    ends = [ids[text] for text in ("<|endoftext|>", "<|end_of_text|>", IM_END) if text in ids]
-    return GGUFTokenizer(tokens, types, merges, pre, bos=ends[0], eos=ids[IM_END], pad=ends[0])
+    ends = [ids[text] for text in (*PADDING, frame.end) if text in ids]
+    bos = ids[frame.bos] if frame.bos else ends[0]
+    return GGUFTokenizer(tokens, types, merges, pre, bos=bos, eos=ids[frame.end], pad=ends[0])
 
 
 def _pre_tokenizer(found: dict) -> str | None:

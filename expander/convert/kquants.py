@@ -13,6 +13,7 @@ A ggml compiled with fused multiply-adds (not the default on x86-64) rounds diff
 """
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -34,6 +35,9 @@ BASE_TYPES = {
     LlamaFileType.MOSTLY_Q5_K_M: Q5_K,
     LlamaFileType.MOSTLY_Q6_K: Q6_K,
 }
+# Norms, and the kernels of convolutions.
+NEVER_QUANTISED = ("_norm.weight", "conv.weight", "conv1d.weight")
+VALUES = ("attn_v", "attn_qkv")
 # For rows whose width is not a multiple of BLOCK.
 NARROW_TYPES = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 
@@ -44,7 +48,13 @@ NO_SCALE = np.float32(1e-15)  # Q6_K: a group with only smaller magnitudes is al
 
 
 def tensor_type(
-    name: str, shape: tuple[int, ...], ftype: LlamaFileType, *, n_layers: int, tied: bool
+    name: str,
+    shape: tuple[int, ...],
+    ftype: LlamaFileType,
+    *,
+    n_layers: int,
+    tied: bool,
+    values: Sequence[int] | None = None,
 ) -> GGMLQuantizationType:
     """The type that llama.cpp's quantiser chooses for a tensor of a dense model.
 
@@ -54,6 +64,7 @@ def tensor_type(
         ftype: a key of BASE_TYPES.
         n_layers: of the model.
         tied: the file has no `output.weight`, and the token embedding takes its place.
+        values: the layers that have an `attn_v` or `attn_qkv`; None if all have.
 
     Raises:
         ValueError: the file type is not supported.
@@ -61,7 +72,7 @@ def tensor_type(
     if ftype not in BASE_TYPES:
         known = ", ".join(known.name for known in BASE_TYPES)
         raise ValueError(f"file type {ftype!r} is not supported; supported: {known}")
-    if len(shape) < 2 or name.endswith("_norm.weight") or not name.endswith(".weight"):
+    if len(shape) < 2 or name.endswith(NEVER_QUANTISED) or not name.endswith(".weight"):
         return F32
     chosen = BASE_TYPES[ftype]
     if chosen in (F32, F16, BF16):
@@ -70,12 +81,12 @@ def tensor_type(
     parts = name.split(".")  # blk, layer, tensor, weight
     if name == "output.weight" or (tied and name == "token_embd.weight"):
         chosen = Q8_0 if chosen == Q8_0 else Q6_K
-    elif (
-        ftype in (LlamaFileType.MOSTLY_Q4_K_M, LlamaFileType.MOSTLY_Q5_K_M)
-        and parts[-2] in ("attn_v", "ffn_down")
-        and _more_bits(int(parts[1]), n_layers)
-    ):
-        chosen = Q6_K
+    elif ftype in (LlamaFileType.MOSTLY_Q4_K_M, LlamaFileType.MOSTLY_Q5_K_M):
+        place, of = int(parts[1]) if parts[0] == "blk" else 0, n_layers
+        if values is not None and parts[-2] in VALUES:
+            place, of = values.index(place), len(values)
+        if parts[-2] in (*VALUES, "ffn_down") and _more_bits(place, of):
+            chosen = Q6_K
     width = shape[-1]
     if width % BLOCK:
         chosen = NARROW_TYPES.get(chosen, chosen)

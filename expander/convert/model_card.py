@@ -97,8 +97,8 @@ def render_card(
         figures=format_summary(summary, record["leaks"]),
         retrieval=format_retrieval(record["retrieval"]),
         decode=", ".join(f"{name} {value}" for name, value in record["decode"].items()),
-        message=user_message("auth config"),
-        prompt=render_prompt("auth config").rstrip("\n"),
+        message=user_message("auth config", instruction=chain.frame().instruction),
+        prompt=render_prompt("auth config", frame=chain.frame()).rstrip("\n"),
         config=config and config.read_text(encoding="utf-8").rstrip("\n"),
         **record["publication"],
     )

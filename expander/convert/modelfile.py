@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from expander.prompt import IM_END, IM_START
+from expander.prompt import CHATML, Frame
 from expander.qmd import SAMPLING
 
 MAX_NAME = 80
@@ -57,18 +57,31 @@ def ollama_command() -> str | None:
     return None
 
 
-def modelfile(gguf: str) -> str:
-    """Ollama's Modelfile for a GGUF file in the same folder: prompt.py's frame, QMD's sampling.
+def go_template(frame: Frame) -> str:
+    """The frame as Ollama's template, which ranges over .Messages, so that every turn is framed.
 
-    The template ranges over .Messages, so that every turn of a chat is framed. It has no tools and no
-    thinking: Ollama uses it because the file's own template has neither.
+    It has no tools and no thinking: Ollama uses it because the file's own template has neither. It
+    has no BOS either, which llama.cpp adds if the file says so.
     """
+    if frame.system_role and frame.assistant == "assistant":
+        turns = f"{{{{- range .Messages }}}}{frame.start}{{{{ .Role }}}}\n{{{{ .Content }}}}{frame.end}\n"
+    else:
+        turns = (
+            '{{- $system := "" }}{{ range .Messages }}'
+            '{{ if eq .Role "system" }}{{ $system = .Content }}'
+            f'{{{{ else if eq .Role "assistant" }}}}{frame.start}{frame.assistant}\n'
+            f"{{{{ .Content }}}}{frame.end}\n"
+            f"{{{{ else }}}}{frame.start}user\n{{{{ if $system }}}}{{{{ $system }}}}\n\n"
+            f'{{{{ $system = "" }}}}{{{{ end }}}}{{{{ .Content }}}}{frame.end}\n{{{{ end }}}}'
+        )
+    return f"{turns}{{{{ end }}}}{frame.start}{frame.assistant}\n"
+
+
+def modelfile(gguf: str, frame: Frame = CHATML) -> str:
+    """Ollama's Modelfile for a GGUF file in the same folder: the prompt's frame, QMD's sampling."""
     return f'''FROM ./{gguf}
-TEMPLATE """{{{{- range .Messages }}}}{IM_START}{{{{ .Role }}}}
-{{{{ .Content }}}}{IM_END}
-{{{{ end }}}}{IM_START}assistant
-"""
-PARAMETER stop "{IM_END}"
+TEMPLATE """{go_template(frame)}"""
+PARAMETER stop "{frame.end}"
 PARAMETER temperature {SAMPLING.temperature}
 PARAMETER top_k {SAMPLING.top_k}
 PARAMETER top_p {SAMPLING.top_p}

@@ -8,7 +8,7 @@ from itertools import chain
 import mlx.core as mx
 import numpy as np
 
-from expander.prompt import render_target
+from expander.prompt import frame_of, render_target
 from expander.rows import Example
 
 # MLX's compiler keeps about 10 MB of host memory per batch shape, for good: allow only a few shapes.
@@ -41,7 +41,7 @@ def tokenize(
     """The rows of those examples that have at most `max_length` tokens."""
     rows = []
     for example, prompt in zip(examples, prompts, strict=True):
-        text = render_target(example.lines, final_newline)
+        text = render_target(example.lines, final_newline, frame_of(tokenizer))
         target = tokenizer.encode(text, add_special_tokens=False)
         if len(prompt) + len(target) <= max_length:
             rows.append(Row(prompt + target, len(prompt), example.source))

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 
 from expander.fast_exp import logsumexp, softmax_and_lse
 from expander.lora import head_weight
@@ -135,12 +136,24 @@ class PromptCache:
             self.padding[rows],
         )
 
-    def make_mask(self, length: int, **_) -> mx.array:
+    def make_mask(self, length: int, window_size: int | None = None, **_) -> mx.array:
         """(B, 1, length, prompt + length): causal, without the padding of prompts."""
         before = 0 if self.keys is None else self.keys.shape[2]
-        column = mx.arange(before + length)
-        causal = column[None] <= (before + mx.arange(length))[:, None]
+        row, column = (before + mx.arange(length))[:, None], mx.arange(before + length)
+        causal = column[None] <= row
+        if window_size is not None:
+            causal = causal & (row < column[None] + window_size)
         return causal[None, None] & (column[None] >= self.padding[:, None])[:, None, None]
+
+
+class PromptState(ArraysCache):
+    """One layer's state of a convolution or recurrence after left-padded prompts."""
+
+    def __init__(self, size: int, padding: mx.array):
+        super().__init__(size)
+        self.left_padding = mx.array(padding)  # (P,); a copy, because a layer changes it in place
+
+    repeat = ArraysCache.filter
 
 
 def completion_states(
@@ -156,7 +169,12 @@ def completion_states(
     Returns:
         (B, T, D).
     """
-    cache = [PromptCache(padding) for _ in model.layers]
+    cache = [
+        PromptState(len(kind.cache), padding)
+        if isinstance(kind, ArraysCache)
+        else PromptCache(padding)
+        for kind in make_prompt_cache(model)
+    ]
     last = hidden_states(model, prompts, cache)[:, -1:]  # (P, 1, D)
     for layer in cache:
         layer.repeat(rows)

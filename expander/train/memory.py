@@ -11,6 +11,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from expander.architectures import (
+    ARCHITECTURES,
+    Projection,
+    attention_layers,
+    head_dim,
+    select_projections,
+)
 from expander.config import Config
 from expander.model import QUANT_GROUP, Chain, compute_dtype, model_config, recommended_memory
 from expander.peft_adapter import TRAINED
@@ -26,6 +33,8 @@ PROMPT_TOKENS = 20
 ADAPTER_COPIES = 6
 # Layers' worth of temporaries in the backward pass; checkpointing computes a layer again.
 BACKWARD_LAYERS, CHECKPOINTED_LAYERS = 1.0, 2.5
+# Float32 copies of a recurrence's state per token that the backward pass needs.
+STATES = 3
 # Float32 arrays of one row of logits per sequence while sampling.
 SAMPLING_ARRAYS = 4
 # Host memory of a compiled step, per layer and batch shape; a padded length has about 3 shapes.
@@ -48,6 +57,7 @@ class Shape:
     """The sizes of a base model that memory depends on."""
 
     layers: int
+    attention: int  # layers with attention; the others have a convolution or recurrence
     hidden: int
     ffn: int
     query: int  # attention heads x head size
@@ -55,47 +65,47 @@ class Shape:
     heads: int
     vocabulary: int
     tied: bool
+    projections: dict[str, Projection]
+    mixed: int = 0  # numbers that a convolution or recurrence keeps per token
+    state: int = 0  # float32 numbers of a recurrence's state
     quantization: Quantization | None = None  # of the base's own files
 
     @classmethod
     def of(cls, config: dict) -> "Shape":
         """From a config.json of the supported architectures."""
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        head = config.get("head_dim") or hidden // heads
+        architecture = ARCHITECTURES[config.get("model_type", "qwen3")]
+        heads, hidden, head = (
+            config["num_attention_heads"],
+            config["hidden_size"],
+            head_dim(config),
+        )
         packed = config.get("quantization")
+        mixed, state = architecture.mixer(config)
         return cls(
-            config["num_hidden_layers"],
-            hidden,
-            config["intermediate_size"],
-            heads * head,
-            (config.get("num_key_value_heads") or heads) * head,
-            heads,
-            config["vocab_size"],
-            config.get("tie_word_embeddings", True),
-            Quantization(packed["bits"], packed["group_size"]) if packed else None,
+            layers=config["num_hidden_layers"],
+            attention=len(attention_layers(config)),
+            hidden=hidden,
+            ffn=config["intermediate_size"],
+            query=heads * head,
+            key_value=(config.get("num_key_value_heads") or heads) * head,
+            heads=heads,
+            vocabulary=config["vocab_size"],
+            tied=config.get("tie_word_embeddings", True),
+            projections=architecture.projections(config),
+            mixed=mixed,
+            state=state,
+            quantization=Quantization(packed["bits"], packed["group_size"]) if packed else None,
         )
 
-    def projections(self) -> dict[str, tuple[int, int]]:
-        """(inputs, outputs) of a layer's linear maps."""
-        hidden, query, key_value, ffn = self.hidden, self.query, self.key_value, self.ffn
-        return {
-            "q_proj": (hidden, query),
-            "k_proj": (hidden, key_value),
-            "v_proj": (hidden, key_value),
-            "o_proj": (query, hidden),
-            "gate_proj": (hidden, ffn),
-            "up_proj": (hidden, ffn),
-            "down_proj": (ffn, hidden),
-        }
-
-    def linear(self, names: Collection[str]) -> int:
+    def linear(self, targets: Collection[str]) -> int:
         """Weights of these linear maps in all layers."""
-        return self.layers * sum(a * b for n, (a, b) in self.projections().items() if n in names)
+        chosen = [self.projections[name] for name in select_projections(self.projections, targets)]
+        return sum(layers * inputs * outputs for inputs, outputs, layers in chosen)
 
     def parameters(self) -> int:
         """Weights of the embedding, the head and the linear maps; norms do not count."""
         embeddings = self.vocabulary * self.hidden * (1 if self.tied else 2)
-        return embeddings + self.linear(self.projections())
+        return embeddings + self.linear(self.projections)
 
     def weights(
         self, width: int, quantization: Quantization | None, fused: Collection[str] = ()
@@ -113,32 +123,44 @@ class Shape:
         return width * full + (quantization.bits / 8 + 2 * width / quantization.group) * rest
 
     def adapter(self, rank: int, targets: Collection[str]) -> int:
-        """Weights of a LoRA adapter."""
-        return self.layers * rank * sum(sum(self.projections()[name]) for name in targets)
+        """Weights of a LoRA adapter.
+
+        Raises:
+            ValueError: the model has no such targets.
+        """
+        chosen = [self.projections[name] for name in select_projections(self.projections, targets)]
+        return rank * sum(layers * (inputs + outputs) for inputs, outputs, layers in chosen)
 
     def whole(self, names: Collection[str]) -> int:
         """Weights of the embedding and the head, if they are among `names`; a tied head is one."""
         found = {"embed_tokens" if self.tied else name for name in names if name in TRAINED}
         return len(found) * self.vocabulary * self.hidden
 
-    def layer(self, tokens: int, length: int, width: int) -> int:
-        """Bytes that one layer keeps for the backward pass of `tokens` tokens in rows of `length`."""
-        # Inputs of norms and LoRA layers, both halves of SwiGLU, queries, keys and values.
-        numbers = 4 * self.hidden + 5 * self.ffn + 3 * (self.query + self.key_value)
-        # Attention weights are float32, where no fused kernel makes them again.
-        return tokens * (width * numbers + 4 * self.heads * length)
+    def layer_kinds(self, tokens: int, length: int, width: int) -> dict[int, int]:
+        """Bytes that one layer keeps for the backward pass of `tokens` tokens in rows of `length`,
+        by the kind of layer -> how many layers keep so much."""
+        # Inputs of norms and LoRA layers, both halves of SwiGLU.
+        numbers = 4 * self.hidden + 5 * self.ffn
+        # Queries, keys and values. Attention weights are float32, where no fused kernel makes them
+        # again.
+        attention = width * (numbers + 3 * (self.query + self.key_value)) + 4 * self.heads * length
+        # A recurrence is computed token by token, and keeps its float32 state of each.
+        other = width * (numbers + self.mixed) + 4 * STATES * self.state
+        kinds = {tokens * attention: self.attention, tokens * other: self.layers - self.attention}
+        return {size: layers for size, layers in kinds.items() if layers}
 
     def backward(self, tokens: int, length: int, width: int, checkpointing: bool) -> float:
         """Bytes kept for the backward pass (with checkpointing, the layers' inputs) and temporary."""
-        layer = self.layer(tokens, length, width)
+        kinds = self.layer_kinds(tokens, length, width)
         if checkpointing:
-            return self.layers * width * tokens * self.hidden + CHECKPOINTED_LAYERS * layer
-        return (self.layers + BACKWARD_LAYERS) * layer
+            return self.layers * width * tokens * self.hidden + CHECKPOINTED_LAYERS * max(kinds)
+        return sum(size * layers for size, layers in kinds.items()) + BACKWARD_LAYERS * max(kinds)
 
     def cache(self, rows: int, length: int, width: int) -> int:
-        """Bytes of the keys and values of `rows` sequences while decoding."""
+        """Bytes of the keys, values and states of `rows` sequences while decoding."""
         length = -(-length // CACHE_STEP) * CACHE_STEP
-        return 2 * rows * length * self.layers * self.key_value * width
+        states = 4 * self.state * (self.layers - self.attention)
+        return rows * (2 * length * self.attention * self.key_value * width + states)
 
 
 @dataclass(frozen=True)
@@ -310,6 +332,7 @@ def preflight(stage: str, config: Config, chain: Chain, longest: int) -> tuple[s
 
     Raises:
         ModelError: the base's config.json cannot be used.
+        ValueError: the model has no such lora.target_modules.
     """
     shape, limit = Shape.of(model_config(chain.path)), recommended()
     bits, fused, width = chain.bits, chain.adapted_layers(), compute_dtype().size

@@ -20,7 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from expander.config import PROJECTIONS, Config
+from expander.architectures import PROJECTIONS
+from expander.config import Config
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
 from tests.settings import default_config, section
 

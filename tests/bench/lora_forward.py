@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 
 from expander import model as models
-from expander.config import PROJECTIONS
+from expander.architectures import PROJECTIONS
 from expander.lora import LoRALinear, lora_layers
 from expander.train.batches import Row, collate
 from expander.train.sft import completion_loss

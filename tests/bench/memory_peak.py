@@ -120,7 +120,7 @@ def measure(case: Case, base: Path) -> dict[str, float]:
             prompts = [(f"query {seed}", ids(PROMPT, seed)) for seed in range(4)]
             grpo.read_rows = lambda config: Rows([])
             grpo.split_prompts = lambda *_: (prompts, prompts[:2])
-            fused = shape.projections()
+            fused = shape.projections
             expected = estimate("grpo", config, shape, PROMPT, width, bits=bits, fused=fused)
             grpo.train_grpo(config, resume=False, overwrite=False)
         return {

@@ -23,7 +23,8 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from expander.config import PROJECTIONS, Config
+from expander.architectures import PROJECTIONS
+from expander.config import Config
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
 from tests.settings import default_config, section
 

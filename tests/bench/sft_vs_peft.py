@@ -34,7 +34,7 @@ def train_ours(folder: Path, architecture: str) -> dict:
     from mlx_lm.tuner.callbacks import TrainingCallback
 
     from expander import model as models
-    from expander.config import PROJECTIONS
+    from expander.architectures import PROJECTIONS
     from expander.rows import load_rows
     from expander.train.batches import Batches, tokenize
     from expander.train.inputs import encode_prompts
