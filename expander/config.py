@@ -159,7 +159,7 @@ Penalties = dataclasses.make_dataclass(
 
 @dataclass
 class Retrieval:
-    collections: list[str] | None
+    collections: list[str] | None = field(metadata={"path": True})
     embedder: str
     value: str = key(choices=("rank", "hit"))  # VALUES in expander/train/judged.py
     full_text: float = key(minimum=0.0, maximum=1.0)
@@ -296,6 +296,10 @@ def _allowed(kind: type, optional: bool, bounds: Mapping, value: object) -> str:
     return allowed
 
 
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
 def _is_name(value: object) -> bool:
     return isinstance(value, str) and NAME.fullmatch(value) is not None
 
@@ -310,8 +314,10 @@ def _checked(value: object, kind: type, bounds: Mapping):
             value = BOOLEANS.get(value.lower())
         if not isinstance(value, kind):
             raise ValueError
-    elif not isinstance(value, list) or not value or not all(map(_is_name, value)):
-        raise ValueError
+    else:
+        allowed = _is_path if bounds.get("path") else _is_name
+        if not isinstance(value, list) or not value or not all(map(allowed, value)):
+            raise ValueError
     if bounds.get("choices") and value not in bounds["choices"]:
         raise ValueError
     if not all(within(value, bounds[x]) for x, (_, within) in BOUNDS.items() if x in bounds):
@@ -333,7 +339,9 @@ def _typed(value: object, hint, bounds: Mapping):
     except (ValueError, OverflowError):
         allowed = _allowed(kind, optional, bounds, value)
         raise ValueError(f"{SHORT.repr(value)} is not allowed; it takes {allowed}") from None
-    return expand_path(value) if bounds.get("path") else value
+    if bounds.get("path"):
+        return expand_path(value) if kind is str else list(map(expand_path, value))
+    return value
 
 
 def _read_section(section: type, raw: dict, prefix: str, problems: list[str]) -> dict[str, object]:

@@ -202,7 +202,9 @@ def test_unknown_modules_are_refused():
 
 
 def test_the_estimate_has_their_cost():
-    shape = Shape(28, 2048, 6144, 2048, 1024, 16, 151936, tied=True)
+    sizes = {"num_hidden_layers": 28, "hidden_size": 2048, "intermediate_size": 6144}
+    sizes |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151936}
+    shape = Shape.of(sizes | {"tie_word_embeddings": True})
     config = default_config()
     with_modules = default_config(lora=section("lora", modules_to_save=["embed_tokens", "lm_head"]))
     more = (
@@ -210,5 +212,5 @@ def test_the_estimate_has_their_cost():
         - estimate("sft", config, shape, 512, 2).adapter
     )
     assert more == 151936 * 2048 * (4 * 6 + 2)  # 8.1 GB: the figure in configs/
-    untied = Shape(28, 2048, 6144, 2048, 1024, 16, 151936, tied=False)
+    untied = Shape.of(sizes | {"tie_word_embeddings": False})
     assert untied.whole(["embed_tokens", "lm_head"]) == 2 * shape.whole(["lm_head"])

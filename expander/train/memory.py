@@ -116,7 +116,8 @@ class Shape:
             width: bytes of a number in the compute dtype.
             fused: linear maps with an adapter fused in, which leaves them unquantised.
         """
-        full = self.linear(fused) + self.whole(fused)
+        linear = [name for name in fused if name not in TRAINED]
+        full = self.linear(linear) + self.whole(fused)
         rest = self.parameters() - full
         if not quantization:
             return width * (full + rest)
