@@ -30,7 +30,8 @@ from tests.chains import make_adapter
 from tests.tiny import make_qwen3
 
 MB = 1e6
-# Rows of the embedding, fewer for a 4-bit head, whose product is slow on a CPU; ids that the rows use.
+# Rows of the embedding, fewer for a 4-bit or bfloat16 head, whose product is slow on a CPU; ids that
+# the rows use.
 VOCABULARY, PACKED_VOCABULARY, TOKENS = 151_936, 32_768, 400
 SIZES = {"layers": 8, "heads": 4, "kv_heads": 2, "head_dim": 128}
 MODELS = {"0.6B": {"hidden": 256, "ffn": 768}, "1.7B": {"hidden": 512, "ffn": 1536}}
@@ -65,10 +66,11 @@ def cases() -> Iterator[Case]:
         yield Case("grpo", "1.7B", dtype, "4-bit files", False, 2, 64)
 
 
-def make_base(folder: Path, model: str, base: str) -> Path:
+def make_base(folder: Path, model: str, dtype: str, base: str) -> Path:
     """A random Qwen3 in bfloat16 files or 4-bit ones."""
     small = make_qwen3(folder, **SIZES, **MODELS[model], vocab_pad=0)
-    rows = VOCABULARY if base == "full" else PACKED_VOCABULARY
+    fast = base == "full" and dtype == "float32"
+    rows = VOCABULARY if fast else PACKED_VOCABULARY
     rows -= model_config(small)["vocab_size"]
     make_qwen3(folder, **SIZES, **MODELS[model], vocab_pad=rows)
     path = folder / "model.safetensors"
@@ -168,11 +170,11 @@ def main() -> None:
     print(f"{'case':44} estimate  measured  ratio   resident: estimate  measured")
     ratios = {}
     with tempfile.TemporaryDirectory() as folder:
-        bases: dict[tuple[str, str], Path] = {}
+        bases: dict[tuple[str, str, str], Path] = {}
         for case in cases():
             if arguments.case not in str(case):
                 continue
-            key = case.model, case.base
+            key = case.model, case.dtype, case.base
             if key not in bases:
                 bases[key] = make_base(Path(folder) / str(len(bases)), *key)
             found = run_apart(case, bases[key])
