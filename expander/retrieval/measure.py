@@ -97,8 +97,8 @@ def judge(
         "bare", "baseline" and "expanded", each with the means "ndcg@10", "recall@20" and "mrr"; all
         but "bare" with "gain" over it: mean, interval, and the shares of queries that are better
         and worse by nDCG@10. The same by line "types" and for the "worst" sample; counts of
-        "queries" and "lines"; every query's nDCG@10 in "per_query"; "worst_queries" and
-        "best_queries" with their lines.
+        "queries" and "lines"; every query's nDCG@10 and expansions in "per_query"; "worst_queries"
+        and "best_queries" with their lines.
 
     Raises:
         ValueError: no query is left to measure.
@@ -134,6 +134,7 @@ def judge(
     per_query = [
         {"id": query, "query": texts[query], "bare": bare[query][DECIDING]}
         | {name: scores[query][DECIDING] for name, scores in systems.items()}
+        | {"expansions": list(expansions[query])}
         for query in queries
     ]
     losses, wins = _extremes(per_query)
