@@ -264,8 +264,8 @@ def update(config: Config, shape: Shape, longest: int, width: int) -> tuple[floa
 
 def logit_bytes(targets: int, vocabulary: int, width: int, arrays: float, limit: float) -> float:
     """Bytes of `arrays` float32 arrays of all targets' logits, or `limit` of a chunk's."""
-    if width < 4:  # the head's own output and its gradient come on top
-        arrays += 2 * width / 4
+    if width < 4:  # on top come the head's output in this dtype, its cast, and their gradients
+        arrays, limit = arrays + width, limit + width
     return 4 * min(arrays * targets * vocabulary, limit * LOGIT_BUDGET)
 
 
