@@ -23,6 +23,7 @@ from expander.convert.modelfile import (
     modelfile,
     ollama_command,
     run_ollama,
+    write_hub_files,
 )
 from expander.files import write_text
 from expander.prompt import user_message
@@ -30,6 +31,7 @@ from expander.prompt import user_message
 TYPES = ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k_m", "q4_k_m")
 # q4_k_m is the type of QMD's own model; q8_0 is twice as large and loses less.
 DEFAULT_TYPES = ("q4_k_m", "q8_0")
+MLX_BITS = (4, 6, 8)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -67,6 +69,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--ollama", metavar="NAME", help="run ollama create NAME at the end")
     add("--mlx", metavar="DIR", type=cli.path, help="write the fused model for MLX")
+    bits_help = "bits per weight of the --mlx folder (default: not quantised)"
+    add("--mlx-bits", metavar="N", type=int, choices=MLX_BITS, help=bits_help)
     add("--peft", metavar="DIR", type=cli.path, help="write the adapter for PEFT")
     add(
         "--push",
@@ -101,6 +105,8 @@ def check(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--quantize {unknown[0]}: unknown type; choose from {', '.join(TYPES)}")
     if arguments.name and not NAME.fullmatch(arguments.name):
         raise ValueError(f"--name {arguments.name}: {NAME_RULE}")
+    if arguments.mlx_bits and not arguments.mlx:
+        raise ValueError("--mlx-bits needs --mlx DIR")
     if arguments.ollama:
         check_ollama(arguments.ollama)
     for option in ("ollama", "push"):
@@ -122,7 +128,10 @@ Ollama:
 
 QMD, in ~/.config/qmd/index.yml:
   models:
-    generate: {json.dumps(str(gguf.resolve()))}""")
+    generate: {json.dumps(str(gguf.resolve()))}
+
+LM Studio:
+  {shlex.join(["lms", "import", str(gguf)])}""")
 
 
 def main() -> None:
@@ -146,8 +155,9 @@ def main() -> None:
             arguments.push, chain, name, arguments.evaluation, arguments.force
         )
     if arguments.mlx:
-        formats.write_mlx(chain, arguments.mlx)
-        print(f"{arguments.mlx}: the fused model for mlx_lm and transformers")
+        formats.write_mlx(chain, arguments.mlx, arguments.mlx_bits)
+        readers = "mlx_lm" if arguments.mlx_bits else "mlx_lm and transformers"
+        print(f"{arguments.mlx}: the fused model for {readers}")
     if arguments.peft:
         rank = formats.write_peft(chain, arguments.peft)
         print(f"{arguments.peft}: a PEFT adapter of rank {rank} over {chain.base}")
@@ -156,6 +166,7 @@ def main() -> None:
     paths = formats.write_gguf_files(chain, arguments.output, name, kinds, arguments.verify)
     path = arguments.output / "Modelfile"
     write_text(path, modelfile(paths[0].name, chain.frame()))
+    write_hub_files(path)
     if arguments.ollama:
         run_ollama(arguments.ollama, path)
     if publication:

@@ -381,8 +381,10 @@ def test_the_next_steps_name_the_first_file(chain, export, tmp_path, capsys):
     name = "qmd-query-expansion-tiny-qwen3"
     assert sorted(path.name for path in output.iterdir()) == [
         "Modelfile",
+        "params",
         f"{name}-f16.gguf",
         f"{name}-q8_0.gguf",
+        "template",
     ]
     assert (output / "Modelfile").read_text().startswith(f"FROM ./{name}-q8_0.gguf\n")
     assert f"ollama create {name} -f '{output}/Modelfile'" in printed
@@ -400,7 +402,7 @@ def test_the_default_model_is_the_last_stage(chain, export, tmp_path, monkeypatc
     export("--quantize", "f16")
     assert "tiny-qwen3 + outputs/grpo/sft + outputs/grpo\n" in capsys.readouterr().out
     found = {path.name for path in (tmp_path / "outputs" / "gguf").iterdir()}
-    assert found == {"Modelfile"} | {
+    assert found == {"Modelfile", "template", "params"} | {
         f"qmd-query-expansion-tiny-qwen3-{kind}.gguf" for kind in ("q4_k_m", "q8_0", "f16")
     }
 
@@ -461,7 +463,7 @@ def test_a_file_that_fails_verification_is_deleted(chain, export, tmp_path, monk
         export(*arguments)
     assert list(tmp_path.iterdir()) == []
     export(*arguments, "--no-verify")
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.glob("*.gguf"))) == 1
 
 
 # RoPE
@@ -827,3 +829,48 @@ def test_the_originals_options_name_the_parts_of_a_model(
         {"name": published.format("4B", "grpo"), "base": "Qwen/Qwen3-4B", "sft": "a"},
         {"name": "b", "base": None, "sft": None},
     ]
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_a_quantised_mlx_folder_is_what_mlx_lm_makes(chain, export, tmp_path, bits):
+    """The same bytes as mlx_lm.convert makes of the unquantised folder, and the same configuration."""
+    from mlx_lm.utils import load, quantize_model
+
+    export("--model", chain, "--mlx", tmp_path / "full")
+    export("--model", chain, "--mlx", tmp_path / "small", "--mlx-bits", bits)
+    model, _, config = load(str(tmp_path / "full"), return_config=True)
+    model, config = quantize_model(model, config, group_size=64, bits=bits)
+    expected = dict(models.tree_flatten(model.parameters()))
+    [path] = (tmp_path / "small").glob("*.safetensors")
+    found = mx.load(str(path))
+    assert found.keys() == expected.keys()
+    assert any(name.endswith(".scales") for name in found)
+    assert all(mx.array_equal(found[name], value) for name, value in expected.items())
+    written = json.loads((tmp_path / "small" / "config.json").read_text())
+    assert written["quantization"] == written["quantization_config"] == config["quantization"]
+    index = json.loads((tmp_path / "small" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == found.keys()
+    read, _ = load(str(tmp_path / "small"))
+    ours, _ = models.load_chain(read_chain(str(tmp_path / "small")))
+    bound = tolerance(float32=1e-4, bfloat16=0.25)
+    assert mx.abs(read(TOKENS) - model(TOKENS)).max().item() < bound
+    assert mx.abs(ours(TOKENS) - model(TOKENS)).max().item() < bound
+
+
+def test_mlx_bits_without_a_folder(chain, export):
+    with pytest.raises(ValueError, match="--mlx-bits needs --mlx DIR"):
+        export("--model", chain, "--mlx-bits", "4")
+
+
+def test_the_files_for_ollama_run_say_what_the_modelfile_says(chain, export, tmp_path, capsys):
+    export("--model", chain, "--quantize", "q8_0", "--output", tmp_path)
+    text = (tmp_path / "Modelfile").read_text()
+    template, params = ((tmp_path / name).read_text() for name in ("template", "params"))
+    assert f'TEMPLATE """{template}"""' in text
+    assert template.endswith("<|im_start|>assistant\n")
+    params = json.loads(params)
+    assert params["stop"] == ["<|im_end|>"]
+    assert (params["temperature"], params["top_k"]) == (SAMPLING.temperature, SAMPLING.top_k)
+    assert len(params) == text.count("PARAMETER")
+    gguf_path = next(tmp_path.glob("*.gguf"))
+    assert f"lms import {gguf_path}" in capsys.readouterr().out

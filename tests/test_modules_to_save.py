@@ -138,6 +138,13 @@ def test_a_stopped_run_resumes_to_the_same_bytes(sft_run, options, tmp_path):
     assert config["modules_to_save"] == ["embed_tokens", "lm_head"]
 
 
+def test_mlx_lms_commands_refuse_it_rather_than_leave_the_embedding_out(sft_run, base):
+    from mlx_lm.tuner.utils import load_adapters
+
+    with pytest.raises(ValueError, match=r"model\.embed_tokens\.weight: not an adapter parameter"):
+        load_adapters(models.load_base(base), str(sft_run / "outputs" / "sft"))
+
+
 def test_grpo_trains_on_it_and_every_export_has_it(sft_run, rows, tmp_path, monkeypatch):
     shutil.copytree(sft_run / "outputs", tmp_path / "outputs")
     settings = [*GRPO, "training.max_steps=2", f"dataset.name={rows}", MODULES]

@@ -131,6 +131,19 @@ def test_a_grpo_adapter_over_an_sft_adapter_and_another_base(tiny_qwen3, tmp_pat
     check(grpo, tiny_qwen3, alphas, base=str(tiny_qwen3))
 
 
+def test_mlx_lm_loads_the_copy(tiny_qwen3, tmp_path):
+    """The copy below a GRPO result is mlx-lm's, with other ranks in other layers and some left out."""
+    from mlx_lm.tuner.utils import load_adapters
+
+    ranks = {"q_proj": 4, "v_proj": 2}
+    chain = read_chain(str(make_peft(tmp_path / "peft", tiny_qwen3, ranks=ranks, layers=(1,))))
+    models.copy_adapters(chain, tmp_path / "copy")
+    theirs = load_adapters(models.load_base(tiny_qwen3), str(tmp_path / "copy"))
+    ours, _ = load_chain(chain)
+    tokens = mx.array([[5, 300, 17, 44]])
+    assert mx.abs(theirs(tokens) - ours(tokens)).max().item() < BOUND
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

@@ -154,7 +154,8 @@ def test_first_publication(
     (chain / "config.yaml").write_text(f"{to_yaml(config)}# {TOKEN}\n", encoding="utf-8")
     push(chain)
 
-    assert public(GGUF_REPO) == {"README.md", "Modelfile", "small-q8_0.gguf"}
+    bridge = {"template", "params"}  # for ollama run hf.co/...
+    assert public(GGUF_REPO) == {"README.md", "Modelfile", "small-q8_0.gguf"} | bridge
     adapters = {
         f"adapters/{below}{name}"
         for below in ("", "sft/")
@@ -191,7 +192,9 @@ def test_first_publication(
     assert TOKEN not in printed
     assert sorted(path.name for path in (tmp_path / "gguf").iterdir()) == [
         "Modelfile",
+        "params",
         "small-q8_0.gguf",
+        "template",
     ]
 
 
@@ -209,7 +212,8 @@ def test_the_card(chain, push, hub_root):
         "ratings  Excellent",
         "The first model published here.",
         'generate: "hf:tester/expander-gguf/small-q8_0.gguf"',
-        "ollama create expander -f expander/Modelfile",
+        "ollama run hf.co/tester/expander-gguf:Q8_0 ",
+        "lms get https://huggingface.co/tester/expander-gguf",
         "mlx_lm.generate --model tester/expander",
         f"```text\n{render_prompt('auth config')}```",
         "with 2 LoRA adapters fused into it",
@@ -220,6 +224,15 @@ def test_the_card(chain, push, hub_root):
     assert "--force" not in card.text
     files = read_card(hub_root, GGUF_REPO)
     assert (files.data.base_model, files.data.library_name) == (REPO, "gguf")
+    assert files.data.base_model_relation == "quantized"
+    # The configuration's data set is the Hub's; without a record, its rows are English.
+    assert (card.data.datasets, card.data.language) == ([default_config().dataset.name], ["en"])
+    (chain / "run.json").write_text('{"languages": ["de", "en", "not a code"]}')
+    config = default_config()
+    config.dataset.name = "data/*.jsonl"
+    (chain / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    found = model_card.training_data(models.read_chain(str(chain)))
+    assert found == {"language": ["de", "en"]}
     assert files.text.replace(GGUF_REPO, REPO, 1) == card.text
 
 
@@ -236,6 +249,7 @@ def test_the_card_has_the_bases_revision_and_licence(chain, push, hub_root):
     text = model_card.render_card(REPO, REPO, "x.gguf", on_hub, record, terms)
     card = huggingface_hub.ModelCard(text)
     assert (card.data.license, card.data.base_model) == ("apache-2.0", "Qwen/Qwen3-1.7B")
+    assert card.data.base_model_relation == "finetune"
     assert f"at revision `{revision}`" in card.text and "Licence: apache-2.0." in card.text
 
 
@@ -267,7 +281,9 @@ def test_better_worse_and_forced(chain, push, public, hub_root, tiny_qwen3, tmp_
     assert "**Published with `--force`:** smaller, for old Macs" in text
     assert "adapters/sft/adapters.safetensors" not in public(REPO)
     push(first, "--quantize", "f16")  # the same model again: the card keeps the verdict
-    assert read_card(hub_root).text == text.replace("small-q8_0", "small-f16")
+    assert read_card(hub_root).text == text.replace("small-q8_0", "small-f16").replace(
+        ":Q8_0", ":F16"
+    )
 
 
 def test_a_model_without_an_evaluation_is_not_comparable(chain, push, hub_root):

@@ -20,7 +20,7 @@ from expander.convert import gguf_file
 from expander.convert.gguf_tokenizer import check_tokenizer, read_tokenizer
 from expander.convert.weights import FusedWeights, take_adapters
 from expander.files import atomic_write, save_arrays, write_json, write_text
-from expander.model import Chain, load_base, load_tokenizer, model_config
+from expander.model import QUANT_GROUP, Chain, load_base, load_tokenizer, model_config
 from expander.peft_adapter import TRAINED
 
 # Files that file browsers leave in folders they have shown, and ._NAME for NAME's attributes.
@@ -113,10 +113,22 @@ def new_folder(folder: Path) -> Iterator[Path]:
         made.replace(folder)
 
 
-def write_mlx(chain: Chain, folder: Path) -> None:
+def quantized(name: str, weight: mx.array, bits: int | None) -> dict[str, mx.array]:
+    """A fused tensor as mlx_lm.convert stores it: matrices that fill whole groups are quantised."""
+    if not bits or weight.ndim != 2 or weight.shape[1] % QUANT_GROUP:
+        return {name: weight}
+    stem = name.removesuffix(".weight")
+    packed, scales, biases = mx.quantize(weight, QUANT_GROUP, bits)
+    return {name: packed, f"{stem}.scales": scales, f"{stem}.biases": biases}
+
+
+def write_mlx(chain: Chain, folder: Path, bits: int | None = None) -> None:
     """Write the fused model as a folder that mlx_lm.load and transformers read, in the base's dtype.
 
     Its chat template is that of the GGUF file, because the base's own may add a system turn.
+
+    Args:
+        bits: quantise to so many bits per weight, as mlx_lm.convert does; only MLX reads that.
 
     Raises:
         ValueError: `folder` is not empty, or the model cannot be loaded.
@@ -124,6 +136,9 @@ def write_mlx(chain: Chain, folder: Path) -> None:
     config = model_config(chain.path)
     for key in ("quantization", "quantization_config"):
         config.pop(key, None)
+    if bits:
+        config["quantization"] = {"group_size": QUANT_GROUP, "bits": bits, "mode": "affine"}
+        config["quantization_config"] = config["quantization"]
     name = config.get("dtype") or config.get("torch_dtype") or "bfloat16"
     dtype = {"float32": mx.float32, "float16": mx.float16}.get(name, mx.bfloat16)
 
@@ -140,8 +155,11 @@ def write_mlx(chain: Chain, folder: Path) -> None:
         index = {}
         for number, names in enumerate(shards, 1):
             file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            save_arrays(made / file, {name: weights.tensor(name, dtype) for name in names})
-            index |= dict.fromkeys(names, file)
+            tensors = {}
+            for name in names:
+                tensors |= quantized(name, weights.tensor(name, dtype), bits)
+            save_arrays(made / file, tensors)
+            index |= dict.fromkeys(tensors, file)
         write_json(made / "model.safetensors.index.json", {"metadata": {}, "weight_map": index})
         if "lm_head.weight" in weights.shapes:  # an adapter may have untied it
             config["tie_word_embeddings"] = False

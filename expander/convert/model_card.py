@@ -1,15 +1,20 @@
 """The README.md of a published model, rendered from model_card.md."""
 
+import re
 from pathlib import Path
 
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 
+from expander.config import load_config
 from expander.eval.report import format_retrieval, format_summary
-from expander.model import Chain
+from expander.files import read_json
+from expander.model import HUB_ID, Chain
 from expander.prompt import render_prompt, user_message
+from expander.rows import looks_local
 
-CARD, EVALUATION = "README.md", "evaluation.json"
+CARD, EVALUATION, RESULT = "README.md", "evaluation.json", "run.json"
+LANGUAGE = re.compile(r"[a-z]{2,3}")  # ISO 639
 TEMPLATE = Path(__file__).parent / "model_card.md"
 
 
@@ -31,6 +36,22 @@ def licence(chain: Chain) -> dict:
         return {}
     data = ModelCard.load(path, ignore_metadata_errors=True).data
     return {key: data.get(key) for key in ("license", "license_name", "license_link")}
+
+
+def training_data(chain: Chain) -> dict[str, list[str]]:
+    """The card's entries about the rows of the last run: data set, if on the Hub, and languages."""
+    found: dict[str, list[str]] = {}
+    if config := run_config(chain):
+        name = load_config("sft", config)[0].dataset.name
+        if HUB_ID.fullmatch(name) and not looks_local(name):
+            found["datasets"] = [name]
+        result = config.parent / RESULT
+        languages = read_json(result).get("languages") if result.is_file() else None
+        codes = [code for code in languages or () if LANGUAGE.fullmatch(code)]
+        found["language"] = codes or [
+            "en"
+        ]  # older runs have no record; the published rows are English
+    return found
 
 
 def eval_results(summary: dict, decode: dict, source: str) -> list[EvalResult]:
@@ -79,6 +100,7 @@ def render_card(
         model_name=repo,
         eval_results=eval_results(summary, record["decode"], source),
         **origin,
+        **training_data(chain),
         **terms,
     )
     config = run_config(chain)
@@ -89,6 +111,7 @@ def render_card(
         model_repo=model_repo,
         name=model_repo.split("/")[1],
         gguf=gguf,
+        quantization=gguf.removesuffix(".gguf").rpartition("-")[2].upper(),
         endpoint=endpoint,
         source=source,
         base=chain.base if chain.revision else Path(chain.base).name,

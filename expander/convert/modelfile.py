@@ -1,14 +1,17 @@
 """Ollama's side of an export: the names it accepts, the Modelfile, and `ollama create`."""
 
+import json
 import re
 import shlex
 import shutil
 import subprocess
 from pathlib import Path
 
+from expander.files import write_text
 from expander.prompt import CHATML, Frame
 from expander.qmd import SAMPLING
 
+TEMPLATE, PARAMS = "template", "params"  # of the Hub's bridge to Ollama
 MAX_NAME = 80
 NAME = re.compile(rf"[A-Za-z0-9_][A-Za-z0-9_.-]{{0,{MAX_NAME - 1}}}")
 NAME_RULE = (
@@ -91,6 +94,24 @@ PARAMETER repeat_last_n {SAMPLING.penalty_last_n}
 PARAMETER num_predict {SAMPLING.max_tokens}
 PARAMETER num_ctx 4096
 '''
+
+
+def hub_files(text: str) -> dict[str, str]:
+    """`template` and `params`: what a Modelfile says, for `ollama run hf.co/OWNER/NAME-gguf`.
+
+    The Hub hands them to Ollama with the GGUF file; a Modelfile in a repository is not read.
+    """
+    [template] = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)
+    params: dict[str, object] = {}
+    for name, value in re.findall(r"^PARAMETER (\w+) (.+)$", text, re.MULTILINE):
+        params[name] = [json.loads(value)] if name == "stop" else json.loads(value)
+    return {TEMPLATE: template, PARAMS: json.dumps(params, indent=2) + "\n"}
+
+
+def write_hub_files(modelfile: Path) -> None:
+    """Write `hub_files` next to the Modelfile."""
+    for name, text in hub_files(modelfile.read_text(encoding="utf-8")).items():
+        write_text(modelfile.parent / name, text)
 
 
 def create_command(name: str, path: Path) -> str:

@@ -19,6 +19,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from expander.config import load_config
 from expander.convert.formats import write_mlx
 from expander.convert.model_card import CARD, EVALUATION, licence, render_card, run_config
+from expander.convert.modelfile import PARAMS, TEMPLATE
 from expander.eval.comparison import GATE, compare, compare_retrieval, read_results
 from expander.eval.measure import summarize
 from expander.files import read_json
@@ -322,8 +323,9 @@ def upload(publication: Publication, gguf: list[Path], modelfile: Path) -> None:
                     config.get("base", {}).pop(place, None)
                 model[name] = scrub(json.dumps(config, indent=2, ensure_ascii=False)).encode()
         record = json.dumps(publication.record, indent=2, ensure_ascii=False)
+        bridge = [modelfile.parent / name for name in (TEMPLATE, PARAMS)]
         contents = {
-            publication.gguf_repo: {path.name: path for path in (*gguf, modelfile)},
+            publication.gguf_repo: {path.name: path for path in (*gguf, modelfile, *bridge)},
             publication.repo: model | {EVALUATION: scrub(record).encode()},
         }
         for repo, files in contents.items():
