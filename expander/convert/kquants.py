@@ -43,7 +43,7 @@ NARROW_TYPES = {Q4_K: Q5_0, Q5_K: Q5_1, Q6_K: Q8_0}
 
 BLOCK = 256  # values that share the half-precision scales of a K-quant
 CHUNK = 512  # blocks per call: they fit in the cache, and threads rarely wait for the GIL
-THREADS = min(4, os.cpu_count() or 1)
+THREADS = os.cpu_count() or 1
 NO_SCALE = np.float32(1e-15)  # Q6_K: a group with only smaller magnitudes is all zero
 
 
