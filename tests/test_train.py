@@ -247,6 +247,25 @@ def test_one_prompt_is_enough(short_grpo, tmp_path):
     assert "adapter of step 2" in done.stdout  # none held out: the last one
 
 
+def test_grpo_follows_what_a_search_finds_line_by_line(short_grpo, tmp_path):
+    searched = ["grpo.reward=retrieval", "grpo.credit=line", "grpo.retrieval.embedder=none"]
+    done = short_grpo(*searched, "training.max_steps=2")
+    assert "documents, vectors by none" in done.stdout and "gain " in done.stdout
+    steps = [record for record in metrics(tmp_path / "outputs/grpo") if "reward" in record]
+    assert all(
+        {"rewards/gain", "rewards/lex_without_hit", "reward_seconds"} <= x.keys() for x in steps
+    )
+    evaluated = [record for record in metrics(tmp_path / "outputs/grpo") if "eval_gain" in record]
+    assert evaluated[0]["step"] == 0
+
+
+def test_line_credit_without_a_search_is_one_line(after_sft, grpo_options, run):
+    options = [*grpo_options, *sets(["grpo.credit=line", "grpo.reward=percentage"])]
+    done = run(["train.py", "grpo", *options], cwd=after_sft)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert "grpo.credit line needs grpo.reward retrieval" in done.stderr
+
+
 def test_a_reward_that_raises_ends_the_run_and_loses_no_step(
     after_sft, grpo_options, monkeypatch, capfd
 ):
