@@ -1,7 +1,9 @@
 """Batched decoding for rollouts and evaluation.
 
-Each prompt is prefilled once for all its samples; finished rows are replaced by waiting ones.
-Shapes: B rows in the batch, P prompts, V vocabulary, D hidden size.
+Each prompt is prefilled once for all its samples; finished rows are replaced by waiting ones. A step
+is submitted before the tokens of the last one are read, so the device does not wait for Python; a
+row that ends is therefore decoded for one more step. Shapes: B rows in the batch, P prompts, V
+vocabulary, D hidden size.
 """
 
 import hashlib
@@ -81,6 +83,34 @@ def random_keys(names: Sequence[str], seed: int) -> np.ndarray:
     return np.frombuffer(b"".join(digests), np.uint32).reshape(-1, 2)
 
 
+class RowCache(BatchKVCache):
+    """mlx-lm's cache of left-padded rows, with the padding known to Python.
+
+    BatchKVCache reads the padding from the device when rows are removed, and would wait for the
+    step in progress, once per layer.
+    """
+
+    def __init__(self, padding: Sequence[int]):
+        super().__init__(list(padding))
+        self.padding = list(padding)
+
+    def filter(self, batch_indices: Sequence[int]) -> None:
+        self.padding = [self.padding[position] for position in batch_indices]
+        common = min(self.padding)
+        self.padding = [pad - common for pad in self.padding]
+        kept = mx.array(batch_indices)
+        self.keys = self.keys[:, :, common:][kept]
+        self.values = self.values[:, :, common:][kept]
+        self.offset = self.offset[kept]
+        self.left_padding = mx.array(self.padding)
+        self._idx -= common
+
+    def extend(self, other: "RowCache") -> None:
+        end = max(self._idx, other._idx)
+        self.padding = [pad + end - cache._idx for cache in (self, other) for pad in cache.padding]
+        super().extend(other)
+
+
 def batch_caches(model: nn.Module, padding: list[int]) -> list:
     """One cache per layer for left-padded rows, by the kind that mlx-lm gives the layer.
 
@@ -90,13 +120,22 @@ def batch_caches(model: nn.Module, padding: list[int]) -> list:
     return [
         ArraysCache(len(cache.cache), padding)
         if isinstance(cache, ArraysCache)
-        else BatchKVCache(padding)
+        else RowCache(padding)
         for cache in make_prompt_cache(model)
     ]
 
 
+def keep_rows(cache: list, positions: Sequence[int]) -> None:
+    """Keep these rows of every layer's cache; a row may be repeated."""
+    for layer in cache:
+        layer.filter(positions if isinstance(layer, RowCache) else mx.array(positions))
+
+
 class Batch:
-    """The rows that are decoded together: cache, sampler state and next logits of each."""
+    """The rows that are decoded together: cache, sampler state and newest token of each.
+
+    The newest tokens are sampled, but neither read nor run through the model.
+    """
 
     def __init__(self, model: nn.Module, sampler: Sampler):
         self.model, self.head, self.sampler = model, lm_head(model), sampler
@@ -105,47 +144,42 @@ class Batch:
     def clear(self) -> None:
         self.rows: list[int] = []  # the index of each row's completion
         self.cache, self.state = [], []
-        self.tokens = self.logits = None  # (B,), (B, V) float32
+        self.tokens = None  # (B,)
 
     def add(self, rows: Sequence[int], prompts: Sequence[Sequence[int]], copies: Sequence[int]):
         """Add rows: run each prompt once and give it `copies` rows, one per sample."""
         longest = max(map(len, prompts))
         padding = [longest - len(prompt) for prompt in prompts]
-        tokens = [[0] * pad + list(ids) for pad, ids in zip(padding, prompts, strict=True)]
+        ids = [[0] * pad + list(ids) for pad, ids in zip(padding, prompts, strict=True)]
         cache = batch_caches(self.model, padding)
-        last = hidden_states(self.model, mx.array(tokens), cache)[:, -1]  # (P, D)
-        repeated = mx.array([i for i, count in enumerate(copies) for _ in range(count)])
-        for layer in cache:
-            layer.filter(repeated)
-        logits = self.head(last)[repeated].astype(mx.float32)
-        state = self.sampler.start(len(rows))
+        last = hidden_states(self.model, mx.array(ids), cache)[:, -1]  # (P, D)
+        repeated = [i for i, count in enumerate(copies) for _ in range(count)]
+        keep_rows(cache, repeated)
+        logits = self.head(last)[mx.array(repeated)].astype(mx.float32)
+        tokens, state = self.sampler(logits, self.sampler.start(len(rows)))
         if self.rows:
             for old, new in zip(self.cache, cache, strict=True):
                 old.extend(new)
-            self.logits = mx.concatenate([self.logits, logits])
+            self.tokens = mx.concatenate([self.tokens, tokens])
             self.state = [mx.concatenate(pair) for pair in zip(self.state, state, strict=True)]
         else:
-            self.cache, self.state, self.logits = cache, state, logits
+            self.cache, self.state, self.tokens = cache, state, tokens
         self.rows.extend(rows)
-
-    def sample(self) -> list[int]:
-        """Choose the next token of every row."""
-        self.tokens, self.state = self.sampler(self.logits, self.state)
-        return self.tokens.tolist()
 
     def keep(self, positions: Sequence[int]) -> None:
         """Remove all rows but those at these positions."""
+        keep_rows(self.cache, positions)
         kept = mx.array(positions)
-        for layer in self.cache:
-            layer.filter(kept)
         self.state = [array[kept] for array in self.state]
         self.tokens = self.tokens[kept]
         self.rows = [self.rows[position] for position in positions]
 
     def step(self) -> None:
-        """Run the model on the sampled tokens."""
+        """Submit the next token of every row: run the model on the newest ones and sample."""
         hidden = hidden_states(self.model, self.tokens[:, None], self.cache)[:, -1]  # (B, D)
-        self.logits = self.head(hidden).astype(mx.float32)
+        logits = self.head(hidden).astype(mx.float32)
+        self.tokens, self.state = self.sampler(logits, self.state)
+        mx.async_eval(self.tokens, self.state)
 
 
 def length_groups(lengths: Sequence[int]) -> list[list[int]]:
@@ -203,9 +237,11 @@ def generate(
             counts = Counter(row // samples for row in rows)  # samples by prompt
             deadlines |= dict.fromkeys(rows, time.monotonic() + max_seconds)
             batch.add(rows, [prompts[index] for index in counts], list(counts.values()))
-        unfinished = []
-        for position, token in enumerate(batch.sample()):
-            row = batch.rows[position]
+        rows, tokens, unfinished = batch.rows, batch.tokens, []
+        active = [(completions[row], limits[row]) for row in rows]
+        if any(not c.finished and len(c.tokens) + 1 < limit for c, limit in active):
+            batch.step()
+        for position, (row, token) in enumerate(zip(rows, tokens.tolist(), strict=True)):
             completion = completions[row]
             if completion.finished or len(completion.tokens) >= limits[row]:
                 continue  # ended at an earlier step, but not removed yet
@@ -225,5 +261,4 @@ def generate(
         ended = len(batch.rows) - len(unfinished)
         if ended and (waiting or ended >= max(1, len(batch.rows) // 8)):
             batch.keep(unfinished)
-        batch.step()
     return completions

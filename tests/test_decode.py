@@ -1,10 +1,13 @@
 """decode.py: the same tokens as mlx-lm's generator in batches of any size, and how rows end."""
 
 import mlx.core as mx
+import numpy as np
 import pytest
+from mlx_lm.models.cache import make_prompt_cache
 
 from expander import model as models
 from expander.decode import Completion, Sampler, TemperatureSampler, generate, random_keys
+from expander.eval.grammar import QmdSampler
 from expander.prompt import encode_prompt
 
 QUERIES = ["tls", "rotate nginx logs", "sourdough starter smells like acetone", "Lisbon tram 28"]
@@ -153,6 +156,50 @@ def test_a_samplers_state_moves_with_its_row(loaded, expected_tokens):
     for count in range(LIMIT):
         assert counts.count(count) >= sum(length > count for length in lengths)
     assert any(len(set(state)) > 1 for _, _, state in sampler.seen)  # a new row starts at 0
+
+
+def plain(model, prompt: list[int], end: int, sampler: Sampler) -> Completion:
+    """One completion by itself: every token is read before the model runs on it."""
+    cache, state, done = make_prompt_cache(model), sampler.start(1), []
+    ids = prompt
+    while len(done) < LIMIT and end not in done:
+        logits = model(mx.array([ids]), cache=cache)[:, -1].astype(mx.float32)
+        tokens, state = sampler(logits, state)
+        done += tokens.tolist()
+        ids = done[-1:]
+    return cut(done, end)
+
+
+@pytest.mark.parametrize(("kind", "seed"), [("greedy", 0), ("temperature", 1), ("qmd", 2)])
+def test_completions_equal_those_of_a_plain_loop(kind, seed, loaded, expected_tokens):
+    """Rows end and are replaced at different steps; none sees the steps submitted ahead."""
+    model, prompts, _ = loaded
+    end, samples = ending(expected_tokens), 3
+    keys = random_keys([str(i) for i in range(len(prompts) * samples)], seed)
+    # A made-up grammar of two states, each of which forbids some tokens.
+    table = np.random.default_rng(seed).integers(-1, 2, (2, model.args.vocab_size)).astype(np.int8)
+    table[:, end] = 0
+
+    def sampler(first: int, last: int) -> Sampler:
+        if kind == "qmd":
+            return QmdSampler(table, keys[first:last])
+        return TemperatureSampler(0.3, keys[first:last]) if kind == "temperature" else Sampler()
+
+    expected = [
+        plain(model, prompts[i // samples], end, sampler(i, i + 1)) for i in range(len(keys))
+    ]
+    assert len({len(c.tokens) for c in expected}) > 1
+    for batch_size in (1, 3, 5, 12):
+        completions = generate(
+            model,
+            prompts,
+            max_tokens=LIMIT,
+            end=end,
+            samples=samples,
+            sampler=sampler(0, len(keys)),
+            batch_size=batch_size,
+        )
+        assert completions == expected, batch_size
 
 
 def test_progress_counts_finished_completions(loaded, expected_tokens):

@@ -170,15 +170,12 @@ class QmdSampler(KeyedSampler):
     def __call__(self, logits, state):
         states, keys = state  # (B,), (B, 2)
         split = mx.vmap(lambda key: mx.random.split(key, 3))(keys)  # (B, 3, 2)
-        tokens = self.draw(logits, split[:, 1])
-        following = self.table[states, tokens]
-        forbidden = [row for row, next_ in enumerate(following.tolist()) if next_ == FORBIDDEN]
-        if forbidden:
-            rows = mx.array(forbidden)
-            allowed = mx.where(self.table[states[rows]] >= 0, logits[rows], -mx.inf)
-            tokens[rows] = self.draw(allowed, split[rows, 2])
-            following = self.table[states, tokens]
-        return tokens, [following.astype(mx.int32), split[:, 0]]
+        following = self.table[states]  # (B, V)
+        free = self.draw(logits, split[:, 1])
+        allowed = self.draw(mx.where(following >= 0, logits, -mx.inf), split[:, 2])
+        # Which of the two is wanted is decided on the device: reading it would wait for the step.
+        tokens = mx.where(self.table[states, free] >= 0, free, allowed)
+        return tokens, [self.table[states, tokens].astype(mx.int32), split[:, 0]]
 
     def draw(self, logits: mx.array, keys: mx.array) -> mx.array:
         """Draw tokens (B,) from logits (B, V) with keys (B, 2)."""

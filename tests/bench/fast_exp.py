@@ -42,11 +42,10 @@ def passes(path: Path, wanted: bool) -> dict[str, Callable[[], list[mx.array]]]:
     gradient_of = nn.value_and_grad(model, lambda m, *b: completion_loss(m, *b)[0])
     decoded = Batch(model, Sampler())
     decoded.add(range(DECODED), [rows[0].ids[:PROMPT]], [DECODED])
-    decoded.sample()
 
     def decode() -> list[mx.array]:
         decoded.step()
-        return [decoded.logits]
+        return [decoded.tokens]
 
     def train() -> list[mx.array]:
         fast_exp.is_wanted = lambda: wanted
