@@ -11,12 +11,12 @@ demo=outputs/demo
 base=$demo/SmolLM2-135M-Instruct
 mkdir -p $demo
 
-step "packages"
+step "packages (about a minute)"
 . examples/setup_venv.sh
 setup_venv requirements.txt
 . examples/fast_blas.sh
 
-step "base model"
+step "base model (93 MB)"
 "$python" examples/get_smollm2.py $base
 
 train() { # stage; resumes an interrupted run
@@ -28,23 +28,23 @@ train() { # stage; resumes an interrupted run
         "$python" train.py "$1" --config "examples/demo/$1.yaml" --overwrite
     fi
 }
-step "SFT"
+step "SFT: 52 steps (about three minutes)"
 train sft
-step "GRPO"
+step "GRPO: 4 steps (about three minutes)"
 train grpo
 
 # Every fourth evaluation query, so that all categories occur; none is in the training rows.
 awk '/^#/ { print; next } NF && ++n % 4 == 1' evals/queries.txt >$demo/queries.txt
-evaluate() { # name model
+evaluate() { # name model queries
     if [ ! "$demo/$1.json" -nt "$2" ]; then
-        step "evaluating $1"
-        "$python" eval.py --model "$2" --queries $demo/queries.txt --max-new-tokens 120 \
-            --retrieval --max-queries 45 -o "$demo/$1.json" >"$demo/$1.txt"
+        step "evaluating $1 on $3 queries and $3 searches (about a minute)"
+        "$python" eval.py --model "$2" --queries $demo/queries.txt --max-new-tokens 100 \
+            --retrieval --max-queries "$3" -o "$demo/$1.json" >"$demo/$1.txt"
     fi
 }
-evaluate base $base
-evaluate SFT $demo/sft
-evaluate GRPO $demo/grpo
+evaluate base $base 12 # it does not know the format, so every answer is as long as allowed
+evaluate SFT $demo/sft 45
+evaluate GRPO $demo/grpo 45
 
 step "GGUF"
 "$python" convert.py --model $demo/grpo --output $demo/gguf --name demo --quantize f16 q8_0
