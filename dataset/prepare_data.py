@@ -7,6 +7,7 @@
 The split is the one that train.py makes, so training on the folder equals training on its source.
 Duplicate queries are dropped. Each row has `messages`, and `text`: the conversation as training sees it.
 Rows whose query nearly repeats one of evals/queries.txt are left out and listed in card.json.
+train_chat.jsonl has only the messages, and dataset_info.json the original's counts.
 """
 
 import argparse

@@ -251,6 +251,11 @@ def read_chain(
             f'set "model" in {lowest / ADAPTER_CONFIG} to its path'
         )
     else:
+        if not (HUB_ID.fullmatch(base) or Path(base).expanduser().is_dir()):  # PEFT's records
+            raise ModelError(
+                f"{lowest / ADAPTER_CONFIG}: base {base}: no such folder, and not a Hub id; name "
+                "the base with --base-model (eval.py) or --base (convert.py)"
+            )
         path = fetch(base, revision, files)
         revision = revision or _downloaded(path, base)
     return Chain(name, base, path, revision, config.get("quantize_bits"), tuple(adapters))
