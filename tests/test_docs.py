@@ -118,7 +118,7 @@ def check(command: str, parse) -> None:
             separator = arguments.index("--")
             check_options(arguments[:separator], program)
             check(shlex.join(arguments[separator + 1 :]), parse)
-        case "mlx.distributed_config" | "mlx_lm.generate":
+        case "mlx.distributed_config" | "mlx_lm.generate" | "mlx_lm.server":
             check_options(arguments, program)
         case "ollama":
             assert arguments[0] in ("create", "pull", "run")
