@@ -24,7 +24,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expander.prompt import CHATML, LFM2, Frame
+from expander.prompt import CHATML, GEMMA, LFM2, Frame
 
 # LoRA's default targets: attention and the gated MLP, by the names in most models.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -150,6 +150,7 @@ class Architecture:
         biases: switches of config.json that mlx-lm obeys; in other architectures they must be off.
         fixed: other keys of config.json, and the only value that they may have.
         rope_types: the kinds of RoPE that transformers, mlx-lm and llama.cpp compute alike.
+        without_embedding: tokens of its tokenizer that may lie beyond the vocabulary.
     """
 
     model_type: str
@@ -167,6 +168,7 @@ class Architecture:
     biases: tuple[str, ...] = ()
     fixed: dict[str, object] = field(default_factory=dict)
     rope_types: tuple[str, ...] = ("default", "linear", "yarn")
+    without_embedding: tuple[str, ...] = ()
 
 
 # llama
@@ -262,6 +264,57 @@ def _lfm2_layout(config: dict, name: str, shape: tuple[int, ...]) -> Layout:
     )
 
 
+# Gemma 3: five layers with a sliding window, then one without
+
+
+def _gemma3_config(config: dict) -> dict:
+    """Bring RoPE's two bases and the pattern of the windows into the form that mlx-lm reads. llama.cpp
+    knows the pattern and the local base of Gemma 3 only."""
+    config = dict(config)
+    layers, pattern, local = config.get("num_hidden_layers"), 6, 10_000
+    found = config.pop("_sliding_window_pattern", None) or config.get("sliding_window_pattern")
+    if found not in (None, pattern):
+        raise ValueError(f"sliding_window_pattern {found!r:.40} is not supported, only {pattern}")
+    if type(layers) is int:
+        kinds = [
+            "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
+        ]
+        if config.setdefault("layer_types", kinds) not in (None, kinds):
+            raise ValueError("layer_types: only every sixth layer may be full_attention")
+        config["layer_types"] = kinds
+    rope = config.get("rope_parameters") or {}
+    if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
+        sliding = rope.get("sliding_attention") or {}
+        config["rope_parameters"] = rope["full_attention"]
+        config.setdefault("rope_local_base_freq", sliding.get("rope_theta"))
+    if config.get("rope_local_base_freq") not in (None, local):
+        raise ValueError(
+            f"rope_local_base_freq {config['rope_local_base_freq']!r:.40} is not supported, only "
+            f"{local}"
+        )
+    size, scalar = config.get("head_dim"), config.get("query_pre_attn_scalar", 256)
+    if scalar != size:
+        raise ValueError(f"query_pre_attn_scalar {scalar!r:.40} is not head_dim {size!r:.40}")
+    return config | {
+        "sliding_window_pattern": pattern,
+        "rope_local_base_freq": local,
+        "query_pre_attn_scalar": size,
+    }
+
+
+def _gemma3_keys(config: dict) -> dict[str, int]:
+    return {"attention.sliding_window": config["sliding_window"]}
+
+
+def _plus_one(rows: np.ndarray) -> np.ndarray:
+    return rows + 1
+
+
+def _gemma3_layout(config: dict, name: str, shape: tuple[int, ...]) -> Layout:
+    """The weights of norms are stored as they are multiplied; Gemma's own files have them less 1."""
+    return Layout(name, shape, _plus_one if name.endswith("norm.weight") else None)
+
+
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
@@ -290,6 +343,25 @@ ARCHITECTURES = {
             free_head_dim=False,
             fixed={"conv_bias": False},
             rope_types=("default",),
+        ),
+        Architecture(
+            "gemma3_text",
+            gguf_name="gemma3",
+            frame=GEMMA,
+            normalize=_gemma3_config,
+            gguf_keys=_gemma3_keys,
+            gguf_layout=_gemma3_layout,
+            sizes=("num_key_value_heads", "head_dim", "sliding_window"),
+            layer_types=("sliding_attention", "full_attention"),
+            fixed={
+                "hidden_act": "gelu_pytorch_tanh",
+                "hidden_activation": "gelu_pytorch_tanh",
+                "final_logit_softcapping": None,
+                "attn_logit_softcapping": None,
+                "use_bidirectional_attention": False,
+            },
+            rope_types=("default",),
+            without_embedding=("<image_soft_token>",),
         ),
     )
 }

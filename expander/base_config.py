@@ -8,7 +8,12 @@ compute the same model.
 
 import math
 
-from expander.architectures import ARCHITECTURES, Architecture, attention_layers, head_dim
+from expander.architectures import (
+    ARCHITECTURES,
+    Architecture,
+    attention_layers,
+    head_dim,
+)
 
 
 class ModelError(ValueError):
@@ -35,6 +40,7 @@ LARGEST = {
     "max_position_embeddings": (1 << 31) - 1,
     "original_max_position_embeddings": (1 << 31) - 1,
     "conv_L_cache": 1 << 6,
+    "sliding_window": (1 << 31) - 1,
 }
 # What each type of RoPE is computed from.
 ROPE_KEYS = {
@@ -290,16 +296,16 @@ def check_against_weights(config: dict, shapes: dict[str, tuple[int, ...]]) -> N
         raise ValueError(
             f"num_hidden_layers is {config['num_hidden_layers']}, but the weights have {found} layers"
         )
-    size, heads, groups = head_dim(config), "num_attention_heads", "num_key_value_heads"
-    layer = "model.layers.0"
-    attention = f"model.layers.{attention_layers(config)[0]}.self_attn"
+    maps = ARCHITECTURES[config["model_type"]].projections(config)
+    layer, heads, groups = "model.layers.0", "num_attention_heads", "num_key_value_heads"
+    attention = f"model.layers.{attention_layers(config)[0]}"
     for name, key, rows in (
         ("model.embed_tokens", "vocab_size", config["vocab_size"]),
         ("model.norm", "hidden_size", config["hidden_size"]),
         (f"{layer}.mlp.gate_proj", "intermediate_size", config["intermediate_size"]),
         (f"{layer}.feed_forward.w1", "intermediate_size", config["intermediate_size"]),
-        (f"{attention}.q_proj", f"{heads} x head_dim", config[heads] * size),
-        (f"{attention}.k_proj", f"{groups} x head_dim", config[groups] * size),
+        (f"{attention}.self_attn.q_proj", f"{heads} x head_dim", maps["self_attn.q_proj"].outputs),
+        (f"{attention}.self_attn.k_proj", f"{groups} x head_dim", maps["self_attn.k_proj"].outputs),
     ):
         shape = shapes.get(f"{name}.weight")
         if shape and shape[0] != rows:

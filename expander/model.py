@@ -35,7 +35,12 @@ from expander.adapter_config import (
     read_adapter_weights,
 )
 from expander.architectures import ARCHITECTURES, select_projections
-from expander.base_config import ModelError, check_against_weights, read_base_config
+from expander.base_config import (
+    ModelError,
+    check_against_weights,
+    read_base_config,
+    text_name,
+)
 from expander.files import atomic_write, read_json, save_arrays, write_json
 from expander.peft_adapter import PEFT_FILE
 from expander.prompt import Frame, frame_of, render_prompt
@@ -312,7 +317,8 @@ def model_config(path: Path) -> dict:
         config = read_base_config(_read_json(file))
         tensors = read_tensors(path)
         check_against_weights(config, {name: tensor.shape for name, tensor in tensors.items()})
-        head, embedding = (tensors.get(f"{x}.weight") for x in ("lm_head", "model.embed_tokens"))
+        named = {text_name(name): tensor for name, tensor in tensors.items()}
+        head, embedding = (named.get(f"{x}.weight") for x in ("lm_head", "model.embed_tokens"))
         if tensors and "tie_word_embeddings" not in config:
             # transformers' default is untied, mlx-lm's is tied: the weights decide.
             config["tie_word_embeddings"] = head is None
@@ -344,7 +350,8 @@ def load_tokenizer(path: Path):
     if fault := find_tokenizer_fault(path):
         raise ModelError(fault)
     config = model_config(path)
-    frame = ARCHITECTURES[config["model_type"]].frame
+    architecture = ARCHITECTURES[config["model_type"]]
+    frame = architecture.frame
     sample = render_prompt(SAMPLE, frame=frame)
     try:
         tokenizer = load(path)
@@ -352,7 +359,9 @@ def load_tokenizer(path: Path):
         ids = tokenizer.encode(sample, add_special_tokens=False)
         stored = Tokenizer.from_file(str(path / "tokenizer.json"))
         same = ids == stored.encode(sample, add_special_tokens=False).ids
-        largest = max(tokenizer.get_vocab().values(), default=-1)
+        embedded = tokenizer.get_vocab().items()
+        embedded = [i for token, i in embedded if token not in architecture.without_embedding]
+        largest = max(embedded, default=-1)
     except Exception as error:  # whatever transformers and tokenizers raise on a damaged file
         raise ModelError(f"{path}: the tokenizer cannot be loaded: {_first_line(error)}") from None
     if not same:
@@ -407,7 +416,12 @@ def load_base(path: Path, bits: int | None = None, lazy: bool = False) -> nn.Mod
         model, _ = load_model(path, lazy=True, model_config=config)
     except Exception as error:  # whatever mlx-lm raises on files that do not fit its classes
         raise ModelError(f"{path}: cannot be loaded: {_first_line(error)}") from None
+    kept = []  # mlx-lm names the weights that a model needs in float32
+    if hasattr(model, "cast_predicate"):
+        weights = tree_flatten(model.parameters())
+        kept = [(name, value) for name, value in weights if not model.cast_predicate(name)]
     model.set_dtype(compute_dtype())
+    model.load_weights(kept, strict=False)
     if bits:
         nn.quantize(
             model,

@@ -32,6 +32,7 @@ from expander.train.sft import completion_loss
 ROOT = Path(__file__).parent.parent
 MAKE = {
     "lfm2": tiny.make_lfm2,
+    "gemma3": tiny.make_gemma3,
 }
 QUERIES = ["tls", "rotate nginx logs", "sourdough starter smells like acetone", "Lisbon tram 28"]
 LIMIT = 16
@@ -189,7 +190,7 @@ def test_the_commands_train_it_and_decode_as_qmd_does(folder, rows, tmp_path):
     queries = tmp_path / "queries.txt"
     queries.write_text("auth config\nflights to Lisbon\n")
     result = ("eval.py", "--model", grpo, "--queries", queries, "--max-new-tokens", "8")
-    assert "auth config" in command(*result, "--qmd", "-v")
+    assert "auth config" in command(*result, "--decode", "qmd", "-v")
 
 
 # LoRA's targets

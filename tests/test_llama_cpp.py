@@ -98,6 +98,7 @@ BASES = {
     "untied": lambda folder: tiny.make_qwen3(folder, tied=False, hidden=32, seed=41),
     "llama": lambda folder: tiny.make_llama(folder, seed=4),
     "lfm2": lambda folder: tiny.make_lfm2(folder, seed=37),
+    "gemma3": lambda folder: tiny.make_gemma3(folder, seed=1),
 }
 # The layers of the second adapter.
 TARGETS = {"lfm2": ("conv.in_proj", "v_proj")}

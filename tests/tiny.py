@@ -331,6 +331,89 @@ def make_lfm2(
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
+def make_gemma3(
+    folder: Path,
+    *,
+    hidden: int = 64,
+    layers: int = 7,
+    heads: int = 4,
+    kv_heads: int = 1,
+    head_dim: int = 16,
+    ffn: int = 128,
+    window: int = 16,
+    seed: int = 0,
+) -> Path:
+    """Write a random float32 Gemma 3 for text into `folder` and return it.
+
+    Its tokenizer has one token more than the model has embeddings, as the real one has.
+    """
+    tokenizer = gemma_tokenizer()
+    config = {
+        "architectures": ["Gemma3ForCausalLM"],
+        "attention_bias": False,
+        "attn_logit_softcapping": None,
+        "bos_token_id": 2,
+        "eos_token_id": 1,
+        "final_logit_softcapping": None,
+        "head_dim": head_dim,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "max_position_embeddings": 32768,
+        "model_type": "gemma3_text",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": head_dim,
+        "rms_norm_eps": 1e-6,
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": window,
+        "sliding_window_pattern": 6,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": tokenizer.get_vocab_size() - 1,
+    }
+    tokenizer_config = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": "<bos>",
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<eos>",
+        "model_max_length": 32768,
+        "pad_token": "<pad>",
+        "tokenizer_class": "GemmaTokenizer",
+        "unk_token": "<unk>",
+    }
+    generation_config = {"bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0}
+    draw = Draw(seed)
+    weights = {
+        "model.embed_tokens": draw.matrix(config["vocab_size"], hidden, gain=1),
+        "model.norm": draw.norm(hidden, 0),
+    }
+    for index in range(layers):
+        layer = {
+            "input_layernorm": draw.norm(hidden, 0),
+            "post_attention_layernorm": draw.norm(hidden, 0),
+            "pre_feedforward_layernorm": draw.norm(hidden, 0),
+            "post_feedforward_layernorm": draw.norm(hidden, 0),
+            "self_attn.q_proj": draw.matrix(heads * head_dim, hidden),
+            "self_attn.k_proj": draw.matrix(kv_heads * head_dim, hidden),
+            "self_attn.v_proj": draw.matrix(kv_heads * head_dim, hidden),
+            "self_attn.o_proj": draw.matrix(hidden, heads * head_dim),
+            "self_attn.q_norm": draw.norm(head_dim, 0),
+            "self_attn.k_norm": draw.norm(head_dim, 0),
+            "mlp.gate_proj": draw.matrix(ffn, hidden),
+            "mlp.up_proj": draw.matrix(ffn, hidden),
+            "mlp.down_proj": draw.matrix(hidden, ffn),
+        }
+        weights |= {f"model.layers.{index}.{name}": value for name, value in layer.items()}
+    weights = {f"{name}.weight": value for name, value in weights.items()}
+    return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
+
+
 def make_qwen2(folder: Path, **options) -> Path:
     """Write a Qwen3 without head norms and with biases of q, k and v, which is a Qwen2."""
     make_qwen3(folder, **options)
@@ -420,6 +503,52 @@ def lfm2_tokenizer() -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(
         single="<|startoftext|> $A", special_tokens=[("<|startoftext|>", 1)]
     )
+    return tokenizer
+
+
+def gemma_tokenizer() -> Tokenizer:
+    """A tokenizer in Gemma's layout: SentencePiece's BPE over characters, with bytes for the others.
+
+    Any two tokens whose text together is a token are merged, the token with the lowest id first.
+    """
+    trained = Tokenizer(BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trainer = trainers.BpeTrainer(vocab_size=300, show_progress=False)
+    # SentencePiece merges across no space that follows a letter: a word begins with its space.
+    words = [word for line in CORPUS.splitlines() for word in line.replace(" ", " ▁").split(" ")]
+    trained.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    trained.train_from_iterator(words, trainer)
+    learned = json.loads(trained.to_str())["model"]
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    special += ["<start_of_turn>", "<end_of_turn>"]
+    runs = [
+        *("\n" * n for n in range(1, 6)),
+        *("▁" * n for n in range(2, 9)),
+        "<table>",
+        "</table>",
+    ]
+    pieces = dict.fromkeys("".join(pair) for pair in learned["merges"])
+    letters = [x for x in learned["vocab"] if x not in pieces and x not in runs]
+    tokens = [*special, *runs, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces, *letters]
+    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    merges = [
+        (text[:cut], text[cut:])
+        for text in (*runs, *pieces)
+        for cut in range(1, len(text))
+        if text[:cut] in vocab and text[cut:] in vocab
+    ]
+    tokenizer = Tokenizer(BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", 2)]
+    )
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in special])
+    tokenizer.add_tokens([AddedToken(t, normalized=False) for t in runs])
+    tokenizer.add_special_tokens([AddedToken("<image_soft_token>", normalized=False)])
     return tokenizer
 
 

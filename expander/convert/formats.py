@@ -16,6 +16,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from expander import cli
+from expander.architectures import ARCHITECTURES
 from expander.convert import gguf_file
 from expander.convert.gguf_tokenizer import check_tokenizer, read_tokenizer
 from expander.convert.weights import FusedWeights, take_adapters
@@ -51,7 +52,12 @@ def write_gguf_files(
         OSError: a file cannot be written.
     """
     config = model_config(chain.path)
-    tokenizer = read_tokenizer(chain.path, config["vocab_size"], chain.frame())
+    tokenizer = read_tokenizer(
+        chain.path,
+        config["vocab_size"],
+        chain.frame(),
+        ARCHITECTURES[config["model_type"]].without_embedding,
+    )
     if verify:
         base = load_tokenizer(chain.path)
         check_tokenizer(tokenizer, partial(base.encode, add_special_tokens=False))

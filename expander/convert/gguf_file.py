@@ -18,7 +18,7 @@ from gguf import GGMLQuantizationType, GGUFValueType, LlamaFileType
 
 from expander.architectures import ARCHITECTURES, head_dim
 from expander.convert import kquants
-from expander.convert.gguf_tokenizer import GGUFTokenizer
+from expander.convert.gguf_tokenizer import SENTENCEPIECE, GGUFTokenizer
 from expander.convert.weights import FusedWeights
 
 # The types of --quantize.
@@ -84,6 +84,13 @@ def metadata(
 ) -> dict[str, tuple]:
     """All keys of the file except general.architecture, key -> (value, type)."""
     frame = ARCHITECTURES[config["model_type"]].frame
+    order = {"tokenizer.ggml.merges": (tokenizer.merges, ARRAY)}
+    if tokenizer.model == SENTENCEPIECE:
+        order = {
+            "tokenizer.ggml.scores": (tokenizer.scores, ARRAY),
+            "tokenizer.ggml.unknown_token_id": (tokenizer.unknown, UINT32),
+            "tokenizer.ggml.add_space_prefix": (False, BOOL),
+        }
     return {
         "general.type": ("model", STRING),
         "general.name": (name, STRING),
@@ -91,11 +98,11 @@ def metadata(
         "general.file_type": (int(file_type), UINT32),
         "general.quantization_version": (gguf.GGML_QUANT_VERSION, UINT32),
         **hyperparameters(config),
-        "tokenizer.ggml.model": ("gpt2", STRING),
+        "tokenizer.ggml.model": (tokenizer.model, STRING),
         "tokenizer.ggml.pre": (tokenizer.pre, STRING),
         "tokenizer.ggml.tokens": (tokenizer.tokens, ARRAY),
         "tokenizer.ggml.token_type": ([int(kind) for kind in tokenizer.types], ARRAY),
-        "tokenizer.ggml.merges": (tokenizer.merges, ARRAY),
+        **order,
         "tokenizer.ggml.bos_token_id": (tokenizer.bos, UINT32),
         "tokenizer.ggml.eos_token_id": (tokenizer.eos, UINT32),
         "tokenizer.ggml.padding_token_id": (tokenizer.pad, UINT32),
@@ -226,7 +233,7 @@ def plan(
     architecture, layers = ARCHITECTURES[config["model_type"]], config["num_hidden_layers"]
     file_type = FILE_TYPES[kind]
     names = gguf.get_tensor_name_map(MODEL_ARCHS[architecture.gguf_name], layers)
-    tied = "lm_head.weight" not in shapes
+    tied = not any(name.endswith("lm_head.weight") for name in shapes)
     permuted = ("attn_q", "attn_k") if architecture.interleaved_rope else ()
     layouts, tensors = {}, []
     for source, shape in shapes.items():

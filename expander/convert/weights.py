@@ -17,7 +17,6 @@ from expander.model import (
     Chain,
     ModelError,
     adapter_weights,
-    compute_dtype,
     fused_weight,
     load_adapter,
     load_base,
@@ -88,6 +87,7 @@ class FusedWeights:
             name: array for name, array in tree_flatten(model.parameters()) if name not in packed
         }
         self.shapes = {name: self._shape(name) for name in self._arrays}
+        self._dtypes = {name: array.dtype for name, array in self._arrays.items()}
         # Prefer the arrays as stored: casting a model array would load the full tensor.
         for file in chain.path.glob("model*.safetensors"):
             for name, array in mx.load(str(file)).items():
@@ -114,7 +114,7 @@ class FusedWeights:
         for first in range(0, rows, step):
             part = slice(first, first + step)
             if layer is None:
-                piece = array[part].astype(compute_dtype()).astype(mx.float32)
+                piece = array[part].astype(self._dtypes[name]).astype(mx.float32)
             else:
                 piece = _dequantised(layer, part)
             # On the CPU, because a GPU may round the factors of a float32 product.

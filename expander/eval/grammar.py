@@ -18,6 +18,7 @@ from expander.qmd import SAMPLING, Sampling
 FORBIDDEN = -1
 BLOCK = 64
 START = 0
+FIRST_BYTE = "<0x00>"  # a token of SentencePiece's vocabularies
 
 
 def _byte_automaton() -> tuple[np.ndarray, int]:
@@ -65,21 +66,27 @@ def _byte_letters() -> np.ndarray:
     return letters
 
 
-def _token_bytes(tokenizer) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _token_bytes(tokenizer, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(ids, lengths, data): the tokens, longest first, their lengths and all their bytes joined.
 
     Control tokens are left out.
 
     Raises:
-        ValueError: the vocabulary is not byte-level.
+        ValueError: the vocabulary is neither byte-level nor SentencePiece's.
     """
     letters = _byte_letters()
+
+    def as_letters(text: str) -> str:
+        return "".join(chr(letters[byte]) for byte in text.encode())
+
     added = tokenizer.added_tokens_decoder  # id → token
     vocabulary = [(t, i) for t, i in tokenizer.get_vocab().items() if i not in added and t]
+    if FIRST_BYTE in tokenizer.get_vocab():  # spaces are written ▁, some bytes <0x00> to <0xFF>
+        bytes_ = {f"<0x{byte:02X}>": chr(letters[byte]) for byte in range(256)}
+        vocabulary = [(bytes_.get(t) or as_letters(t.replace("▁", " ")), i) for t, i in vocabulary]
     for index, token in added.items():
-        if not token.special:
-            text = "".join(chr(letters[byte]) for byte in token.content.encode())
-            vocabulary.append((text, index))
+        if not token.special and index < width:
+            vocabulary.append((as_letters(token.content), index))
     vocabulary.sort(key=lambda entry: len(entry[0]), reverse=True)
     lengths = np.array([len(token) for token, _ in vocabulary])
     ids = np.array([index for _, index in vocabulary])
@@ -100,15 +107,15 @@ def token_table(tokenizer, width: int, end: int) -> np.ndarray:
     whereas llama.cpp would accept a control token as the text of its name.
 
     Args:
-        tokenizer: a Hugging Face tokenizer with a byte-level vocabulary.
+        tokenizer: a Hugging Face tokenizer with a byte-level or SentencePiece vocabulary.
         width: size of the model's vocabulary, including padding.
         end: the id of the end token.
 
     Raises:
-        ValueError: the vocabulary is not byte-level, or cannot write the grammar.
+        ValueError: the vocabulary is of another kind, or cannot write the grammar.
     """
     step, between = _byte_automaton()
-    ids, lengths, data = _token_bytes(tokenizer)
+    ids, lengths, data = _token_bytes(tokenizer, width)
     # Process the first byte of all tokens, then the second, ... The longest tokens come first, so
     # the tokens with a byte left are always a prefix.
     offsets = np.cumsum(lengths) - lengths
