@@ -35,6 +35,9 @@ def head_dim(config: dict) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
+ANY = object()
+
+
 class Layout(NamedTuple):
     """A tensor of the model as it is stored in a GGUF file.
 
@@ -148,7 +151,7 @@ class Architecture:
         layer_types: the kinds of layers that config.json may name.
         free_head_dim: a head may have another size than hidden_size / num_attention_heads.
         biases: switches of config.json that mlx-lm obeys; in other architectures they must be off.
-        fixed: other keys of config.json, and the only value that they may have.
+        fixed: other keys of config.json, and the only value that they may have, or ANY.
         rope_types: the kinds of RoPE that transformers, mlx-lm and llama.cpp compute alike.
         without_embedding: tokens of its tokenizer that may lie beyond the vocabulary.
     """
@@ -315,6 +318,134 @@ def _gemma3_layout(config: dict, name: str, shape: tuple[int, ...]) -> Layout:
     return Layout(name, shape, _plus_one if name.endswith("norm.weight") else None)
 
 
+# Qwen3.5: three layers with a gated delta net, a recurrence, then one with attention
+
+
+def _qwen35_config(config: dict) -> dict:
+    """The settings of the text part of a model that also reads images, with RoPE's in one form."""
+    text = config.get("text_config")
+    if text is not None:
+        if not isinstance(text, dict):
+            raise ValueError(f"text_config is {text!r:.40}, expected an object")
+        outer = ("tie_word_embeddings", "quantization", "dtype", "torch_dtype")
+        config = {key: config[key] for key in outer if key in config} | text
+    config = config | {"model_type": "qwen3_5"}
+    for key in ("vision_config", "quantization_config"):
+        config.pop(key, None)
+    layers, interval = config.get("num_hidden_layers"), config.get("full_attention_interval") or 4
+    if type(interval) is not int or interval < 2:
+        raise ValueError(f"full_attention_interval is {interval!r:.40}, expected an integer from 2")
+    keys, values = config.get("linear_key_head_dim"), config.get("linear_value_head_dim")
+    if keys != values:
+        raise ValueError(
+            f"linear_value_head_dim {values!r:.40} is not linear_key_head_dim {keys!r:.40}"
+        )
+    if type(layers) is int:
+        kinds = [
+            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
+        ]
+        if config.setdefault("layer_types", kinds) not in (None, kinds):
+            raise ValueError(f"layer_types: only every {interval}th layer may be full_attention")
+        config["layer_types"] = kinds
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict | None):
+        raise ValueError(f"rope_parameters is {rope!r:.40}, expected an object")
+    rope = dict(rope or {})
+    rope.pop("mrope_interleaved", None)  # without images, all three sections have equal positions
+    sections = rope.pop("mrope_section", None) or [11, 11, 10]
+    share = rope.pop("partial_rotary_factor", config.get("partial_rotary_factor") or 0.25)
+    if type(share) not in (int, float) or not 0 < share <= 1:
+        raise ValueError(f"partial_rotary_factor is {share!r:.40}, expected a number up to 1")
+    if not isinstance(sections, list) or not all(type(x) is int for x in sections):
+        raise ValueError(f"mrope_section is {sections!r:.40}, expected a list of integers")
+    return config | {
+        "full_attention_interval": interval,
+        "rope_parameters": rope,
+        "mrope_section": sections,
+        "partial_rotary_factor": share,
+    }
+
+
+def _delta(config: dict) -> tuple[int, int, int]:
+    """Sizes of the gated delta net: all keys, all values, heads of values."""
+    keys = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    heads = config["linear_num_value_heads"]
+    return keys, heads * config["linear_value_head_dim"], heads
+
+
+def _qwen35_projections(config: dict) -> dict[str, Projection]:
+    hidden, (keys, values, heads) = config["hidden_size"], _delta(config)
+    attention = len(attention_layers(config))
+    recurrent = config["num_hidden_layers"] - attention
+    query = config["num_attention_heads"] * head_dim(config)
+    return _projections(config) | {
+        # Each query has a gate.
+        "self_attn.q_proj": Projection(hidden, 2 * query, attention),
+        "linear_attn.in_proj_qkv": Projection(hidden, 2 * keys + values, recurrent),
+        "linear_attn.in_proj_z": Projection(hidden, values, recurrent),
+        "linear_attn.in_proj_a": Projection(hidden, heads, recurrent),
+        "linear_attn.in_proj_b": Projection(hidden, heads, recurrent),
+        "linear_attn.out_proj": Projection(values, hidden, recurrent),
+    }
+
+
+def _qwen35_mixer(config: dict) -> tuple[int, int]:
+    """The input and output of the convolution, queries and keys normed, gates and outputs."""
+    keys, values, heads = _delta(config)
+    return 8 * keys + 7 * values, heads * config["linear_key_head_dim"] * (values // heads)
+
+
+def _qwen35_keys(config: dict) -> dict[str, int | list[int]]:
+    _, values, heads = _delta(config)
+    return {
+        "rope.dimension_count": int(head_dim(config) * config["partial_rotary_factor"]),
+        "rope.dimension_sections": [*config["mrope_section"], 0, 0, 0, 0][:4],
+        "ssm.conv_kernel": config["linear_conv_kernel_dim"],
+        "ssm.state_size": config["linear_key_head_dim"],
+        "ssm.group_count": config["linear_num_key_heads"],
+        "ssm.time_step_rank": heads,
+        "ssm.inner_size": values,
+        "full_attention_interval": config["full_attention_interval"],
+    }
+
+
+def _regroup(array: np.ndarray, groups: int, heads: int, axis: int = 0) -> np.ndarray:
+    """Reorder heads: Hugging Face has those of a group next to each other, llama.cpp the first of
+    all groups, then the second of all, ..."""
+    shape = array.shape
+    split = (*shape[:axis], groups, heads // groups, -1, *shape[axis + 1 :])
+    return array.reshape(split).swapaxes(axis, axis + 1).reshape(shape)
+
+
+def _qwen35_layout(config: dict, name: str, shape: tuple[int, ...]) -> Layout:
+    """llama.cpp stores the decay -exp(A_log), and the heads of values in another order."""
+    name = name.removeprefix("language_model.")
+    groups, (keys, _, heads) = config["linear_num_key_heads"], _delta(config)
+    if "linear_attn." not in name or name.endswith("linear_attn.norm.weight"):
+        return Layout(name, shape)
+
+    def values_only(rows: np.ndarray) -> np.ndarray:  # queries and keys come first
+        rows = rows.reshape(shape[0], -1)
+        values = _regroup(rows[2 * keys :], groups, heads)
+        return np.concatenate([rows[: 2 * keys], values])
+
+    def all_rows(rows: np.ndarray) -> np.ndarray:
+        return _regroup(rows, groups, heads)
+
+    part = name.split("linear_attn.")[1]
+    if part == "A_log":
+        return Layout(name, shape, lambda rows: -np.exp(all_rows(rows)), shape[0])
+    if part == "dt_bias":
+        return Layout(name.replace("dt_bias", "dt_proj.bias"), shape, all_rows, shape[0])
+    if part in ("conv1d.weight", "in_proj_qkv.weight"):
+        return Layout(name, shape[:2], values_only, shape[0])
+    if part == "out_proj.weight":
+        return Layout(name, shape, lambda rows: _regroup(rows, groups, heads, axis=1))
+    return Layout(name, shape, all_rows, shape[0])
+
+
+# Names that transformers gives the text part of a model.
+ALIASES = {"qwen3_5_text": "qwen3_5"}
 ARCHITECTURES = {
     architecture.model_type: architecture
     for architecture in (
@@ -362,6 +493,27 @@ ARCHITECTURES = {
             },
             rope_types=("default",),
             without_embedding=("<image_soft_token>",),
+        ),
+        Architecture(
+            "qwen3_5",
+            gguf_name="qwen35",
+            normalize=_qwen35_config,
+            projections=_qwen35_projections,
+            mixer=_qwen35_mixer,
+            gguf_keys=_qwen35_keys,
+            gguf_layout=_qwen35_layout,
+            sizes=(
+                "num_key_value_heads",
+                "head_dim",
+                "linear_num_key_heads",
+                "linear_num_value_heads",
+                "linear_key_head_dim",
+                "linear_value_head_dim",
+                "linear_conv_kernel_dim",
+            ),
+            layer_types=("linear_attention", "full_attention"),
+            fixed={"partial_rotary_factor": ANY, "attn_output_gate": True, "num_experts": 0},
+            rope_types=("default",),
         ),
     )
 }

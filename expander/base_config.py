@@ -9,6 +9,8 @@ compute the same model.
 import math
 
 from expander.architectures import (
+    ALIASES,
+    ANY,
     ARCHITECTURES,
     Architecture,
     attention_layers,
@@ -41,6 +43,11 @@ LARGEST = {
     "original_max_position_embeddings": (1 << 31) - 1,
     "conv_L_cache": 1 << 6,
     "sliding_window": (1 << 31) - 1,
+    "linear_num_key_heads": 1 << 12,
+    "linear_num_value_heads": 1 << 12,
+    "linear_key_head_dim": 1 << 13,
+    "linear_value_head_dim": 1 << 13,
+    "linear_conv_kernel_dim": 1 << 6,
 }
 # What each type of RoPE is computed from.
 ROPE_KEYS = {
@@ -71,6 +78,8 @@ def read_base_config(config: dict) -> dict:
             llama.cpp would ignore. The message starts with the key.
     """
     model_type = config.get("model_type")
+    if isinstance(model_type, str):
+        model_type = ALIASES.get(model_type, model_type)
     if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise ValueError(
             f"model_type {model_type!r:.40} is not supported; supported: {', '.join(ARCHITECTURES)}"
@@ -146,7 +155,7 @@ def _check_switches(config: dict, architecture: Architecture) -> None:
         # Qwen2 always has biases of q, k and v and none of o; this switch does not change it.
         fixed |= {} if architecture.model_type == "qwen2" else {"attention_bias": False}
     for key, value in (fixed | architecture.fixed).items():
-        if config.get(key) not in (None, value):
+        if value is not ANY and config.get(key) not in (None, value):
             raise ValueError(
                 f"{key} {config[key]!r:.40} is not supported for {architecture.model_type} models, "
                 f"only {value!r}"

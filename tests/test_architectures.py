@@ -33,6 +33,7 @@ ROOT = Path(__file__).parent.parent
 MAKE = {
     "lfm2": tiny.make_lfm2,
     "gemma3": tiny.make_gemma3,
+    "qwen35": tiny.make_qwen35,
 }
 QUERIES = ["tls", "rotate nginx logs", "sourdough starter smells like acetone", "Lisbon tram 28"]
 LIMIT = 16

@@ -326,7 +326,7 @@ def test_the_pre_tokenizer_is_recognised_by_its_steps(tiny_llama, tmp_path):
     assert read_tokenizer(path.parent, 600).pre == "smaug-bpe"
     found["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": r"\s+"}
     path.write_text(json.dumps(found))
-    with pytest.raises(ValueError, match="supported: qwen2, llama-bpe"):
+    with pytest.raises(ValueError, match="supported: qwen2, qwen35, llama-bpe"):
         read_tokenizer(path.parent, 600)
 
 

@@ -99,9 +99,10 @@ BASES = {
     "llama": lambda folder: tiny.make_llama(folder, seed=4),
     "lfm2": lambda folder: tiny.make_lfm2(folder, seed=37),
     "gemma3": lambda folder: tiny.make_gemma3(folder, seed=1),
+    "qwen35": lambda folder: tiny.make_qwen35(folder, seed=0),
 }
 # The layers of the second adapter.
-TARGETS = {"lfm2": ("conv.in_proj", "v_proj")}
+TARGETS = {"lfm2": ("conv.in_proj", "v_proj"), "qwen35": ("in_proj_qkv", "v_proj")}
 
 
 @pytest.fixture(scope="class", autouse=True)
@@ -237,10 +238,15 @@ class TestLlamaCpp:
         assert found["chat"] == render_prompt("auth config", QMD_SYSTEM_PROMPT, frame=frame)
 
     def test_the_q4_k_m_file_answers_much_like_it(self, exported):
+        """Most of its tokens are what MLX's unquantised model would choose in its place."""
         folder, (_, found), ids = exported
         model, _ = models.load_chain(read_chain(str(folder)), fuse_last=True)
-        print(surprise(model, ids, found["greedy"]))
-        assert surprise(model, ids, found["greedy"]) < 1.5
+        same = []
+        for prompt, answer in zip(ids, found["greedy"], strict=True):
+            logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]  # (T, V)
+            same += (logits.argmax(axis=-1) == mx.array(answer)).tolist()
+        print(sum(same), len(same))
+        assert sum(same) > len(same) / 2
 
     def test_every_type_keeps_the_trained_answers(self, trained, tmp_path):
         tokenizer = models.load_tokenizer(trained)

@@ -30,6 +30,12 @@ QWEN_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Qwen3.5's: marks belong to the letters before them.
+QWEN35_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
 QWEN_BASE_VOCAB = 151_643  # 256 bytes and 151,387 merges
 QWEN_VOCAB_PAD = 267  # rows of the embedding that no token has: 151,936 - 151,669
 
@@ -414,6 +420,128 @@ def make_gemma3(
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
+def make_qwen35(
+    folder: Path,
+    *,
+    tied: bool = True,
+    hidden: int = 64,
+    layers: int = 4,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 32,
+    ffn: int = 128,
+    keys: int = 2,
+    values: int = 4,
+    size: int = 16,
+    seed: int = 0,
+) -> Path:
+    """Write a random float32 Qwen3.5 into `folder` and return it.
+
+    As in the real ones, the text part's settings and weights are those of a model that also reads
+    images; one tensor stands for the part that does.
+    """
+    tokenizer = qwen_tokenizer(split=QWEN35_SPLIT)
+    end_of_text, im_end = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
+    kinds = ["linear_attention" if (i + 1) % 4 else "full_attention" for i in range(layers)]
+    text = {
+        "attention_bias": False,
+        "attn_output_gate": True,
+        "eos_token_id": end_of_text,
+        "full_attention_interval": 4,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "layer_types": kinds,
+        "linear_conv_kernel_dim": 4,
+        "linear_key_head_dim": size,
+        "linear_num_key_heads": keys,
+        "linear_num_value_heads": values,
+        "linear_value_head_dim": size,
+        "mamba_ssm_dtype": "float32",
+        "max_position_embeddings": 262144,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_5_text",
+        "mtp_num_hidden_layers": 1,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rms_norm_eps": 1e-6,
+        "rope_parameters": {
+            "mrope_interleaved": True,
+            "mrope_section": [2, 1, 1],
+            "partial_rotary_factor": 0.25,
+            "rope_theta": 10000000,
+            "rope_type": "default",
+        },
+        "tie_word_embeddings": tied,
+        "vocab_size": tokenizer.get_vocab_size() + 5,
+    }
+    config = {
+        "architectures": ["Qwen3_5ForConditionalGeneration"],
+        "eos_token_id": im_end,
+        "image_token_id": 5,
+        "model_type": "qwen3_5",
+        "text_config": text,
+        "tie_word_embeddings": tied,
+        "vision_config": {"depth": 1, "hidden_size": 8, "model_type": "qwen3_5"},
+    }
+    tokenizer_config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "bos_token": None,
+        "chat_template": QWEN_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 262144,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "unk_token": None,
+    }
+    generation_config = {"eos_token_id": [im_end, end_of_text], "pad_token_id": end_of_text}
+    draw, width = Draw(seed), 2 * keys * size + values * size
+    weights = {
+        "model.language_model.embed_tokens.weight": draw.matrix(text["vocab_size"], hidden, gain=1),
+        "model.language_model.norm.weight": draw.norm(hidden, 0),
+        "model.visual.patch_embed.proj.weight": draw.matrix(8, 8),
+        "mtp.fc.weight": draw.matrix(hidden, 2 * hidden),
+    }
+    if not tied:
+        weights["lm_head.weight"] = draw.matrix(text["vocab_size"], hidden, gain=1)
+    for index, kind in enumerate(kinds):
+        layer = {
+            "input_layernorm.weight": draw.norm(hidden, 0),
+            "post_attention_layernorm.weight": draw.norm(hidden, 0),
+            "mlp.gate_proj.weight": draw.matrix(ffn, hidden),
+            "mlp.up_proj.weight": draw.matrix(ffn, hidden),
+            "mlp.down_proj.weight": draw.matrix(hidden, ffn),
+        }
+        if kind == "full_attention":
+            layer |= {
+                "self_attn.q_proj.weight": draw.matrix(2 * heads * head_dim, hidden),
+                "self_attn.k_proj.weight": draw.matrix(kv_heads * head_dim, hidden),
+                "self_attn.v_proj.weight": draw.matrix(kv_heads * head_dim, hidden),
+                "self_attn.o_proj.weight": draw.matrix(hidden, heads * head_dim),
+                "self_attn.q_norm.weight": draw.norm(head_dim, 0),
+                "self_attn.k_norm.weight": draw.norm(head_dim, 0),
+            }
+        else:
+            layer |= {
+                "linear_attn.conv1d.weight": draw.matrix(width, 4)[:, None],
+                "linear_attn.in_proj_qkv.weight": draw.matrix(width, hidden),
+                "linear_attn.in_proj_z.weight": draw.matrix(values * size, hidden),
+                "linear_attn.in_proj_a.weight": draw.matrix(values, hidden),
+                "linear_attn.in_proj_b.weight": draw.matrix(values, hidden),
+                "linear_attn.out_proj.weight": draw.matrix(hidden, values * size),
+                "linear_attn.A_log": draw.norm(values, 0.5),
+                "linear_attn.dt_bias": draw.norm(values, -1),
+                "linear_attn.norm.weight": draw.norm(size),
+            }
+        prefix = f"model.language_model.layers.{index}"
+        weights |= {f"{prefix}.{name}": value for name, value in layer.items()}
+    return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
+
+
 def make_qwen2(folder: Path, **options) -> Path:
     """Write a Qwen3 without head norms and with biases of q, k and v, which is a Qwen2."""
     make_qwen3(folder, **options)
@@ -450,7 +578,7 @@ def configure(folder: Path, *missing: str, file: str = "config.json", **changes:
     return folder
 
 
-def qwen_tokenizer(full_vocab: bool = False) -> Tokenizer:
+def qwen_tokenizer(full_vocab: bool = False, split: str = QWEN_SPLIT) -> Tokenizer:
     """A tokenizer in Qwen3's layout: bytes, merges, then the added tokens in their real order.
 
     With `full_vocab`, made-up merges follow the learned ones until the ids are the real ones
@@ -460,7 +588,7 @@ def qwen_tokenizer(full_vocab: bool = False) -> Tokenizer:
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+            pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )

@@ -20,6 +20,9 @@ _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_QWEN35 = _QWEN2.replace(r"?\p{L}+", r"?[\p{L}\p{M}]+").replace(
+    r"[^\s\p{L}\p{N}]", r"[^\s\p{L}\p{M}\p{N}]"
+)
 _LLAMA3 = _QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 
 
@@ -33,6 +36,7 @@ def _split(regex: str) -> list[dict]:
 # llama.cpp's name for each way to split text before merging -> the same steps in tokenizer.json.
 PRE_TOKENIZERS = {
     "qwen2": _split(_QWEN2),
+    "qwen35": _split(_QWEN35),
     "llama-bpe": _split(_LLAMA3),
     "smaug-bpe": _split(_LLAMA3),
     "smollm": [
