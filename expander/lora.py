@@ -24,9 +24,24 @@ class LoRALinear(MlxLoRALinear):
     """
 
     def __call__(self, x: mx.array) -> mx.array:
-        a = self.lora_a.astype(x.dtype)  # (in, r)
-        b = (self.scale * self.lora_b).astype(x.dtype)  # (r, out)
+        a, b = self.matrices(x.dtype)
         return mx.addmm(self.linear(x), self.dropout(x) @ a, b)
+
+    def matrices(self, dtype: mx.Dtype) -> tuple[mx.array, mx.array]:
+        """A (in, r) and s B (r, out)."""
+        return self.lora_a.astype(dtype), (self.scale * self.lora_b).astype(dtype)
+
+
+class ReadyLoRALinear(nn.Module):
+    """A LoRALinear for inference: without dropout, its matrices cast and scaled once."""
+
+    def __init__(self, layer: LoRALinear, dtype: mx.Dtype):
+        super().__init__()
+        self.linear = layer.linear
+        self.a, self.b = layer.matrices(dtype)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.addmm(self.linear(x), x @ self.a, self.b)
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, MlxLoRALinear]]:

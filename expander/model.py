@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -629,18 +629,48 @@ def fuse(model: nn.Module) -> None:
 
 
 @contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
+def _replaced(
+    model: nn.Module, modules: list[tuple[str, nn.Module]], replacements: Sequence[nn.Module]
+) -> Iterator[None]:
+    """Put replacements of (name, module) pairs into the model in this context."""
+    names = [name for name, _ in modules]
+    model.update_modules(tree_unflatten(list(zip(names, replacements, strict=True))))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(modules))
+
+
+def adapters_off(model: nn.Module) -> AbstractContextManager[None]:
     """Take out the adapter in this context: the same weights are then the reference model."""
     from expander.lora import lora_layers, trained_modules
 
     layers, modules = lora_layers(model), trained_modules(model)
-    before = [(name, layer.linear) for name, layer in layers]
-    before += [(name, module.replaced) for name, module in modules]
-    model.update_modules(tree_unflatten(before))
-    try:
-        yield
-    finally:
-        model.update_modules(tree_unflatten(layers + modules))
+    before = [layer.linear for _, layer in layers] + [module.replaced for _, module in modules]
+    return _replaced(model, layers + modules, before)
+
+
+def adapters_ready(model: nn.Module) -> AbstractContextManager[None]:
+    """Compute LoRA from matrices that are cast and scaled once, for inference in this context."""
+    from expander.lora import ReadyLoRALinear, lora_layers
+
+    layers = lora_layers(model)
+    ready = [ReadyLoRALinear(layer, compute_dtype()) for _, layer in layers]
+    return _replaced(model, layers, ready)
+
+
+def adapters_are_zero(model: nn.Module) -> bool:
+    """Whether every LoRA layer adds zero, as before the first update of B.
+
+    A module that is trained as a whole counts as changed, which is safe.
+    """
+    from expander.lora import lora_layers, trained_modules
+
+    if trained_modules(model):
+        return False
+    nonzero = [mx.any(layer.lora_b) for _, layer in lora_layers(model)]
+    mx.eval(nonzero)
+    return not any(flag.item() for flag in nonzero)
 
 
 def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:

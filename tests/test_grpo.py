@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 from expander import model as models
 from expander.config import load_config
 from expander.decode import TemperatureSampler, generate, random_keys
+from expander.lora import lora_layers
 from expander.train import logps as log_probabilities
 from expander.train import loss as grpo
 from expander.train.grpo import (
@@ -360,8 +361,8 @@ def test_micro_batches_sum_to_the_full_batch(lora_model, loss_type, mask_truncat
 
     both = nn.value_and_grad(model, loss_of)
     full_loss, full = both(rollouts)
-    batches = micro_batches(rollouts, 8)  # lengths 1 1 4 4 7 7
-    assert [[len(r.tokens) for r in batch] for batch in batches] == [[1, 1], [4, 4], [7], [7]]
+    batches = micro_batches(rollouts, 8)  # two prompts with lengths 1, 4, 7
+    assert [[len(r.tokens) for r in batch] for batch in batches] == [[1, 4], [7], [1, 4], [7]]
     parts = [both(batch) for batch in batches]
     assert sum(p[0].item() for p in parts) == pytest.approx(
         full_loss.item(), abs=tolerance(float32=1e-5, bfloat16=5e-2)
@@ -385,6 +386,46 @@ def test_reference_is_the_model_with_the_adapter_out(lora_model):
     assert values(again) == values(with_adapter)
     stacked = stack([r.ref_logps for r in rollouts], with_adapter.shape[1])
     assert abs(np.array(stacked - with_adapter)).max() > 1e-3
+
+
+def test_a_new_adapter_is_its_own_reference(tiny_qwen3):
+    """Leaving the reference pass out changes neither gradient nor KL."""
+    model = models.load_base(tiny_qwen3)
+    models.add_lora(model, models.lora_config(model, 4, 8.0, 0.0, ["q_proj", "v_proj"]))
+    assert models.adapters_are_zero(model)
+    config, rollouts = grpo_config("grpo.beta=0.5"), some_rollouts()
+    without, sums = policy_gradient(model, [rollouts], rollouts, config)
+    with models.adapters_off(model):
+        set_logps(model, [rollouts], config.generation.temperature, "ref_logps")
+    gradient, _ = policy_gradient(model, [rollouts], rollouts, config)
+    assert sums["kl"] == 0
+    for (name, a), (_, b) in zip(tree_flatten(without), tree_flatten(gradient), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=GRADIENT_BOUND, err_msg=name)
+    name, value = next(i for i in models.adapter_weights(model).items() if i[0].endswith("lora_b"))
+    model.load_weights([(name, mx.zeros_like(value).at[0, 1].add(1e-9))], strict=False)
+    assert not models.adapters_are_zero(model)
+
+
+def test_ready_adapters_compute_the_same(lora_model):
+    model, _ = lora_model
+    ids = mx.array([[5, 6, 7, 8]])
+    expected, layers = np.array(models.hidden_states(model, ids)), lora_layers(model)
+    with models.adapters_ready(model):
+        assert not lora_layers(model)
+        ready = np.array(models.hidden_states(model, ids))
+    np.testing.assert_allclose(ready, expected, atol=tolerance(float32=1e-6, bfloat16=1e-2))
+    assert [id(layer) for _, layer in lora_layers(model)] == [id(layer) for _, layer in layers]
+
+
+def test_micro_batches_save_padding_or_prompts():
+    def rows(prompt_length: int, lengths: list[int]) -> list[Rollout]:
+        prompts = [[p] * prompt_length for p in (5, 6)]
+        return [Rollout("q", p, [1] * n, True, "") for n in lengths for p in prompts]
+
+    batches = micro_batches(rows(30, [8, 10, 9, 10]), 40)
+    assert [{r.prompt[0] for r in batch} for batch in batches] == [{5}, {6}]
+    batches = micro_batches(rows(1, [2, 8]), 16)
+    assert [[len(r.tokens) for r in batch] for batch in batches] == [[2, 2], [8, 8]]
 
 
 def test_rollouts_keep_the_sampled_ids_and_the_end_token(lora_model):

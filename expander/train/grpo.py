@@ -18,6 +18,7 @@ from mlx.utils import tree_map
 
 from expander.config import Config, Grpo
 from expander.model import (
+    adapters_are_zero,
     adapters_off,
     copy_adapters,
     end_token,
@@ -119,12 +120,16 @@ def batch_loss(
     if settings.mask_truncated:
         mask = mask * mx.array([[int(r.finished)] for r in batch])
     width = mask.shape[1]
+    old = stack([r.old_logps for r in batch], width)
+    ref = stack([r.ref_logps for r in batch], width)
+    if ref is None:  # the policy that sampled the completions is the reference
+        ref = mx.stop_gradient(logps) if old is None else old
     loss, stats = grpo_loss(
         logps,
         mask,
         advantages(batch, width),
-        old_logps=stack([r.old_logps for r in batch], width),
-        ref_logps=stack([r.ref_logps for r in batch], width),
+        old_logps=old,
+        ref_logps=ref,
         beta=settings.beta,
         epsilon_low=settings.epsilon_low,
         epsilon_high=settings.epsilon_high,
@@ -153,15 +158,22 @@ def policy_gradient(
     active = active_tokens(rollouts, settings.mask_truncated)
     gradient = tree_map(mx.zeros_like, model.trainable_parameters())
     sums = dict.fromkeys(("tokens", "kl", "entropy", "clip_low", "clip_high"), 0.0)
+    found: list[dict[str, mx.array]] = []
     model.train()
     for batch in batches:
         share = batch_share(batch, rollouts, settings.loss_type, settings.mask_truncated)
         (_, stats), part = value_and_grad(
             batch, settings, config.generation.temperature, active, share
         )
+        # Wait for the last micro-batch only now, when the next is ready to be submitted: the device
+        # does not wait for Python, and memory holds the activations of one.
+        mx.eval(gradient)
         gradient = tree_map(mx.add, gradient, part)
-        mx.eval(gradient, stats)
+        found.append(stats)
+        mx.async_eval(gradient, stats)
+    for stats in found:
         sums = {name: value + stats[name].item() for name, value in sums.items()}
+    mx.eval(gradient)
     parts = distributed.gather(sums)
     return distributed.all_sum(gradient), {name: sum(part[name] for part in parts) for name in sums}
 
@@ -308,8 +320,9 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
                 credit_lines(rollouts, tokenizer, settings.retrieval.gain)
             batches = rank_batches(rollouts, config)
             scored = time.monotonic()
-            # 4. Reference log-probabilities: the same model with the adapter off.
-            if settings.beta:
+            # 4. Reference log-probabilities: the same model with the adapter off. A new adapter is
+            # zero, and its policy the reference itself.
+            if settings.beta and not adapters_are_zero(model):
                 with adapters_off(model):
                     set_logps(model, batches, config.generation.temperature, "ref_logps")
             if settings.num_iterations > 1:

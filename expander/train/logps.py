@@ -15,6 +15,13 @@ from expander.model import hidden_states, lm_head
 
 # Logits per chunk of token_logps: 64 MiB in float32.
 LOGIT_BUDGET = 1 << 24
+TILE = 64  # rows of a matrix product on a Mac's GPU; an incomplete tile costs as much as a full one
+
+
+def chunk_rows(head: Callable[[mx.array], mx.array], hidden: mx.array) -> int:
+    """The number of rows of `hidden` whose logits fit LOGIT_BUDGET, in full tiles if possible."""
+    rows = max(1, LOGIT_BUDGET // head(hidden[:1]).shape[-1])
+    return rows - rows % TILE if rows > TILE else rows
 
 
 def token_logps(
@@ -40,8 +47,7 @@ def token_logps(
     Returns:
         (N,) log-probabilities, and (N,) entropies in nats (no gradient) or None if not requested.
     """
-    vocabulary, weight = head(hidden[:1]).shape[-1], head_weight(head)
-    chunk = max(1, LOGIT_BUDGET // vocabulary)
+    chunk, weight = chunk_rows(head, hidden), head_weight(head)
     logps, entropies, done = [], [], []
     for start in range(0, hidden.shape[0], chunk):
         h = hidden[start : start + chunk]  # (n, D)
@@ -202,14 +208,16 @@ def completion_logps(
         logps, mask and entropies (None unless requested), each (B, T) float32 except the mask,
         where T is the longest completion rounded up to a multiple of 8.
     """
-    unique = list(dict.fromkeys(map(tuple, prompts)))
-    padded, prompt_mask = pad(unique, left=True, to=8)  # (P, S)
-    rows = mx.array([unique.index(tuple(prompt)) for prompt in prompts])  # (B,)
+    numbers: dict[tuple[int, ...], int] = {}  # of the unique prompts
+    rows = mx.array([numbers.setdefault(tuple(prompt), len(numbers)) for prompt in prompts])  # (B,)
+    padded, _ = pad(list(numbers), left=True, to=8)  # (P, S)
+    padding = mx.array([padded.shape[1] - len(prompt) for prompt in numbers])  # (P,)
     tokens, mask = pad(completions, to=8)  # (B, T)
-    padding = padded.shape[1] - prompt_mask.sum(axis=1)  # (P,)
     states = completion_states(model, padded, padding, rows, tokens)  # (B, T, D)
-    # The head sees real completion positions only.
-    where = mx.array([i for i, m in enumerate(mask.flatten().tolist()) if m])  # (N,)
+    # The head sees real completion positions only. They come from the lists: reading the mask would
+    # wait for the device.
+    width = tokens.shape[1]
+    where = mx.array([i * width + j for i, row in enumerate(completions) for j in range(len(row))])
     flat, entropy = token_logps(
         states.reshape(-1, states.shape[-1])[where],
         tokens.flatten()[where],

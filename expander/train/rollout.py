@@ -13,6 +13,7 @@ import mlx.nn as nn
 
 from expander.config import Config
 from expander.decode import TemperatureSampler, generate, random_keys
+from expander.model import adapters_ready
 from expander.train import distributed
 from expander.train.inputs import Prompt
 from expander.train.judged import Finding
@@ -37,7 +38,7 @@ class Rollout:
     advantage: float = 0.0
     line_advantages: list[float] | None = None  # for grpo.credit line: one per token
     old_logps: mx.array | None = field(default=None, repr=False)  # (T,)
-    ref_logps: mx.array | None = field(default=None, repr=False)  # (T,)
+    ref_logps: mx.array | None = field(default=None, repr=False)  # (T,); None: the policy's own
 
 
 def sample(
@@ -68,14 +69,15 @@ def complete(
     """Completions of (query, prompt ids) pairs; greedy and one per prompt unless `options`
     (`samples` and `sampler` of `generate`) say otherwise."""
     prompts = distributed.share_out(prompts)
-    completions = generate(
-        model,
-        [ids for _, ids in prompts],
-        max_tokens=config.grpo.max_completion_length,
-        end=end,
-        batch_size=config.grpo.rollout_batch_size,
-        **options,
-    )
+    with adapters_ready(model):
+        completions = generate(
+            model,
+            [ids for _, ids in prompts],
+            max_tokens=config.grpo.max_completion_length,
+            end=end,
+            batch_size=config.grpo.rollout_batch_size,
+            **options,
+        )
     repeated = [prompt for prompt in prompts for _ in range(options.get("samples", 1))]
     rollouts = [
         Rollout(query, ids, c.tokens, c.finished, c.text(tokenizer))
@@ -115,15 +117,46 @@ def credit_lines(rollouts: Sequence[Rollout], tokenizer, weight: float) -> None:
 
 
 def micro_batches(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
-    """Batches of rollouts of similar length, each of at most `tokens` with padding (or one row)."""
+    """Batches of rollouts, each of at most `tokens` with padding (or one row).
+
+    Either of similar length, or prompt by prompt and of similar length, whichever makes the model
+    compute fewer tokens: rows of one length need no padding, rows of one prompt share it.
+    """
+    longest: dict[tuple[int, ...], int] = {}
+    for r in rollouts:
+        prompt = tuple(r.prompt)
+        longest[prompt] = max(longest.get(prompt, 0), len(r.tokens))
+
+    def by_prompt(r: Rollout) -> tuple:
+        prompt = tuple(r.prompt)
+        return longest[prompt], prompt, len(r.tokens)
+
+    by_length = _fill(sorted(rollouts, key=lambda r: len(r.tokens)), tokens)
+    return min(by_length, _fill(sorted(rollouts, key=by_prompt), tokens), key=computed_tokens)
+
+
+def _fill(rollouts: Sequence[Rollout], tokens: int) -> list[list[Rollout]]:
+    """Micro-batches of consecutive rollouts."""
     batches: list[list[Rollout]] = []
-    for rollout in sorted(rollouts, key=lambda r: len(r.tokens)):
-        # Sorted, so this row is the longest so far and sets the width.
-        if batches and (len(batches[-1]) + 1) * len(rollout.tokens) <= tokens:
+    width = 0
+    for rollout in rollouts:
+        width = max(width, len(rollout.tokens))
+        if batches and (len(batches[-1]) + 1) * width <= tokens:
             batches[-1].append(rollout)
         else:
             batches.append([rollout])
+            width = len(rollout.tokens)
     return batches
+
+
+def computed_tokens(batches: Sequence[Sequence[Rollout]]) -> int:
+    """The tokens of all prompts and completions that the model computes, with padding."""
+    total = 0
+    for batch in batches:
+        prompts = {tuple(r.prompt) for r in batch}
+        total += len(prompts) * max(map(len, prompts))
+        total += len(batch) * max(len(r.tokens) for r in batch)
+    return total
 
 
 def rank_batches(rollouts: Sequence[Rollout], config: Config) -> list[list[Rollout]]:
@@ -148,6 +181,7 @@ def set_logps(
     order of operations would by itself move one ratio in twenty across the clipping range.
     """
     as_in_update = name == "old_logps"
+    last = []
     for batch in batches:
         prompts, completions = [r.prompt for r in batch], [r.tokens for r in batch]
         logps, _, _ = completion_logps(
@@ -158,9 +192,12 @@ def set_logps(
             with_entropy=as_in_update,
             with_gradient=as_in_update,
         )
-        mx.eval(logps)
+        mx.eval(last)  # as in policy_gradient: the next batch is ready when the last is waited for
+        mx.async_eval(logps)
+        last = [logps]
         for rollout, row in zip(batch, logps, strict=True):
             setattr(rollout, name, row[: len(rollout.tokens)])
+    mx.eval(last)
 
 
 def stack(rows: Sequence[mx.array | None], width: int) -> mx.array | None:

@@ -36,7 +36,7 @@ from expander.rows import Example, Rows
 from expander.train import distributed
 from expander.train.batches import Batch, Batches, Row, collate, tokenize
 from expander.train.inputs import encode_prompts, nothing_to_train_on, read_rows, report_memory
-from expander.train.logps import LOGIT_BUDGET, token_logps
+from expander.train.logps import chunk_rows, token_logps
 from expander.train.memory import cache_limit
 from expander.train.optim import AdamW
 from expander.train.run import Evaluation, Run, check_output, total_steps
@@ -62,7 +62,7 @@ def target_sums(model, rows: Sequence[Row]) -> tuple[float, float, int]:
     inputs, positions, targets, weights, _ = collate(rows)
     states = hidden_states(model, inputs)  # (B, T, D)
     chosen = states.reshape(-1, states.shape[-1])[positions]  # (N, D)
-    chunk = max(1, LOGIT_BUDGET // head(chosen[:1]).shape[-1])
+    chunk = chunk_rows(head, chosen)
     loss = correct = 0.0
     for start in range(0, chosen.shape[0], chunk):
         part = slice(start, start + chunk)
