@@ -48,8 +48,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-new-tokens", "--max-tokens", type=count, metavar="N", help=tokens_help)
     time_help = "cut off an expansion after so many seconds (default: 0, never)"
     add("--max-time", type=cli.seconds, metavar="SECONDS", default=0.0, help=time_help)
-    batch_help = "maximum number of expansions decoded together (default: 32)"
-    add("--batch-size", type=count, metavar="N", default=32, help=batch_help)
+    batch_help = "maximum number of expansions decoded together (default: 64)"
+    add("--batch-size", type=count, metavar="N", default=64, help=batch_help)
     decode_help = "choose the likeliest token, or sample under QMD's grammar (default: greedy)"
     add("--decode", choices=("greedy", "qmd"), default="greedy", help=decode_help)
     add("--qmd-system-prompt", action="store_true", help="add the system prompt that QMD may send")
