@@ -24,6 +24,7 @@ SETTINGS = ("dataset.name=data/*.jsonl", "dataset.eval_split=0")
 OUTPUT = Path("outputs/mac_check")
 # One prompt with 4 completions of 256 tokens per step, as in the figures below.
 AS_PUBLISHED = (
+    "grpo.reward=percentage",
     "grpo.num_generations=4",
     "grpo.max_completion_length=256",
     "training.batch_size=4",

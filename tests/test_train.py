@@ -38,6 +38,7 @@ GRPO = [
     "training.learning_rate=1e-3",
     "training.warmup_ratio=0",
     "training.gradient_accumulation_steps=4",
+    "grpo.reward=percentage",
     "grpo.num_generations=4",
     "training.save_interval_minutes=null",
     "training.save_steps=1",

@@ -52,6 +52,7 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
         ),
         grpo=section(
             "grpo",
+            reward="percentage",
             num_generations=GROUP,
             max_completion_length=arguments.tokens,
             beta=BETA,

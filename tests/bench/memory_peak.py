@@ -96,6 +96,7 @@ def configure(case: Case, base: Path, output: Path) -> Config:
         training.gradient_accumulation_steps = 1
     else:
         training.gradient_accumulation_steps = 2
+        config.grpo.reward = "percentage"
         config.grpo.num_generations = 2 * case.rows
         config.grpo.max_completion_length = case.length
     return config

@@ -46,6 +46,7 @@ GRPO = [
     "training.max_steps=4",
     "training.learning_rate=1e-3",
     "training.gradient_accumulation_steps=4",
+    "grpo.reward=percentage",
     "grpo.num_generations=4",
     "grpo.max_completion_length=12",
     "grpo.eval_prompts=3",
