@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten
 
 from expander import fast_exp
 from expander import model as models
-from expander.config import PROJECTIONS
+from expander.architectures import PROJECTIONS
 from expander.decode import Batch, Sampler
 from expander.train.batches import Row, collate
 from expander.train.sft import completion_loss
