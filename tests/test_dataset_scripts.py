@@ -105,7 +105,7 @@ def test_every_format_is_read(name, script, tmp_path):
     code, out = script(name, path, *output(name, tmp_path))
     expected = {
         "validate_schema": f"total: {len(FORMATS)} good rows, 0 bad",
-        "score_data": "lines QMD drops",
+        "score_data": "QMD drops",
         "analyze_data": f"{len(FORMATS)} rows",
         "clean_data": f"{len(FORMATS) - 1} x query of an earlier row",
         "prepare_data": f"{len(FORMATS)} rows read, {len(FORMATS) - 1} duplicate queries",

@@ -255,4 +255,4 @@ def test_an_endpoint_writes_queries_in_other_words(run, tmp_path):
     assert written == ["Keys", "Rotate by hand", "spare passwords", "the lock"]
     assert "sk-hidden" not in done.stdout + done.stderr + output.read_text()
     failed = run([*command, "--url", f"{server.url}/v1"], env=env, timeout=60)
-    assert failed.returncode == 1 and "the endpoint wrote no query" in failed.stderr
+    assert failed.returncode == 2 and "the endpoint wrote no query" in failed.stderr

@@ -69,8 +69,8 @@ def test_an_sft_estimate_worked_by_hand(qwen):
     # Per layer also a row of float32 attention weights per head; and one layer of temporaries.
     layer = 64 * (2 * KEPT + 4 * 4 * 32)
     assert found.activations == 3 * layer
-    # 26 targets are padded to 32. Three float32 arrays, and two in the dtype.
-    assert found.logits == 32 * shape.vocabulary * (3 * 4 + 2 * 2)
+    # 26 targets are padded to 32. Three float32 arrays; in the dtype, the output, its cast and theirs.
+    assert found.logits == 32 * shape.vocabulary * 4 * (3 + 2)
     assert found.peak == found.weights + found.adapter + found.activations + found.logits
     # Lengths are padded to 8, 16, 24, 32 or 40: three shapes for each.
     assert found.compiled == 420_000 * 2 * 3 * 5
@@ -79,7 +79,7 @@ def test_an_sft_estimate_worked_by_hand(qwen):
     config.training.gradient_checkpointing = True
     found = estimate("sft", config, shape, 33, 2)
     assert found.activations == 2 * 2 * 64 * 64 + 2.5 * layer
-    assert found.logits == pytest.approx(32 * shape.vocabulary * (2.4 * 4 + 2 * 2))
+    assert found.logits == pytest.approx(32 * shape.vocabulary * 4 * (2.4 + 2))
 
 
 def test_float32_casts_neither_the_adapter_nor_logits(qwen):
@@ -136,7 +136,7 @@ def test_the_vocabulary_does_not_set_the_memory(qwen):
     """However many tokens, a few chunks of logits are held."""
     config, shape = default_config(), shape_of(qwen)
     config.training.batch_size = 10_000
-    assert estimate("sft", config, shape, 512, 2).logits == 4 * 13 * memory.LOGIT_BUDGET
+    assert estimate("sft", config, shape, 512, 2).logits == 4 * (13 + 2) * memory.LOGIT_BUDGET
 
 
 def test_grpo_counts_the_larger_of_rollout_and_update(qwen):

@@ -42,7 +42,7 @@ def test_every_command_as_printed(run, hub, hub_root, tmp_path):
     assert beneath["model"] == "Qwen/Qwen3-1.7B" and len(beneath["revision"]) == 40
     assert beneath["lora_parameters"]["scale"] == 2.0
     result = json.loads((grpo / "run.json").read_text())
-    assert result["steps"] == 28 and result["prompts"] == 22
+    assert result["steps"] == 28 and 0 < result["prompts"] <= 22
     gguf = clone / "outputs" / "gguf"
     assert (gguf / (gguf / "Modelfile").read_text().split()[1]).is_file()
     assert "ollama create" in printed["python convert.py"]

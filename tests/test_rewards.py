@@ -47,7 +47,7 @@ def test_amounts(name, text, finished, amount):
 
 def test_reward_is_the_rubric_less_the_weighted_penalties():
     weights = dict.fromkeys(PENALTIES, 0.0) | {"truncated": 0.25, "duplicate_lines": 0.5}
-    settings = section("grpo", penalties=Penalties(**weights))
+    settings = section("grpo", reward="percentage", penalties=Penalties(**weights))
     rollout = Rollout(QUERY, [1], [2], False, "lex: auth settings\nlex: auth settings\n")
     set_rewards([rollout], settings)
     rubric = score_expansion_detailed(QUERY, rollout.text)["percentage"] / 100

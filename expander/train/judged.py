@@ -178,7 +178,8 @@ def judged_rows(config: Config) -> tuple[Rows, Judge]:
         rows = read_rows(config)
         found, grades = passages(rows.train + rows.validation)
         unjudged = len(rows.train) + len(rows.validation) - len(grades)
-        judge_queries(found, grades)
+        if found:
+            judge_queries(found, grades)
     rows.train = [example for example in rows.train if example.query in judge]
     rows.validation = [example for example in rows.validation if example.query in judge]
     if not rows.train:

@@ -12,9 +12,8 @@ from mlx_lm.models.cache import ArraysCache, make_prompt_cache
 from expander.fast_exp import logsumexp, softmax_and_lse
 from expander.lora import head_weight
 from expander.model import hidden_states, lm_head
+from expander.train.memory import LOGIT_BUDGET
 
-# Logits per chunk of token_logps: 64 MiB in float32.
-LOGIT_BUDGET = 1 << 24
 TILE = 64  # rows of a matrix product on a Mac's GPU; an incomplete tile costs as much as a full one
 
 

@@ -22,9 +22,10 @@ from expander.config import Config
 from expander.model import QUANT_GROUP, Chain, compute_dtype, model_config, recommended_memory
 from expander.peft_adapter import TRAINED
 from expander.train.batches import round_targets, round_width
-from expander.train.logps import LOGIT_BUDGET
 
 GB = 1e9
+# Numbers per chunk of logits in logps.py and sft.py: 64 MiB in float32.
+LOGIT_BUDGET = 1 << 24
 # Float32 arrays of logits per target, and at most of chunks of token_logps: MLX runs chunks ahead.
 SFT_LOGITS, CHECKPOINTED_LOGITS, GRPO_LOGITS = (3.0, 13.0), (2.4, 12.0), (3.3, 10.5)
 # Tokens of the shortest prompt, which are no targets of SFT.
