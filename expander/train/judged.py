@@ -108,8 +108,9 @@ class Judge:
                 ranking = [document for document in ranking if document in judged.grades]
             return self._value(ranking, judged.grades)
 
-        weight = self._full_text
-        return (1 - weight) * rate(False) + (weight and weight * rate(True))
+        if not self._full_text:
+            return rate(False)
+        return (1 - self._full_text) * rate(False) + self._full_text * rate(True)
 
     def bare(self) -> float:
         """The mean value of the bare queries."""

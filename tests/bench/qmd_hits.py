@@ -1,7 +1,7 @@
 """Our full-text hits next to those of QMD's own code, on a QMD bench fixture and its notes.
 
-    npm install --prefix /tmp/qmd @tobilu/qmd@2.8.3 better-sqlite3@12
-    python -m tests.bench.qmd_hits --qmd /tmp/qmd
+    npm install --prefix DIR @tobilu/qmd@2.8.3 better-sqlite3@12
+    python -m tests.bench.qmd_hits --qmd DIR
 
 QMD indexes the notes in a temporary folder. Compared are the 20 hits of each query, in their order.
 """
