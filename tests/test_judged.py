@@ -58,19 +58,19 @@ def test_a_line_contributes_what_the_search_would_lose_without_it(judge):
     found = judge.find(QUERY, text)
     # Both hits are first in their lists: equal scores, in the order of the lines.
     assert found.gain == 1.0
-    assert found.contributions == (1.0, 0.0, 0.0, 0.0, 0.0)
+    assert judge.contributions(QUERY, text) == [1.0, 0.0, 0.0, 0.0, 0.0]
     assert found.lex_without_hit == pytest.approx(1 / 3)  # "cosy" is dropped, not searched with
-    swapped = judge.find(QUERY, "lex: heating gurgles\nlex: heating boiler\n")
+    swapped = "lex: heating gurgles\nlex: heating boiler\n"
     second = 1 / math.log2(3)
-    assert swapped.gain == pytest.approx(second)
-    assert swapped.contributions == pytest.approx((second - 1.0, second, 0.0))
+    assert judge.find(QUERY, swapped).gain == pytest.approx(second)
+    assert judge.contributions(QUERY, swapped) == pytest.approx([second - 1.0, second, 0.0])
 
 
 def test_a_completion_without_kept_lines_gains_nothing(judge):
     for text in ("", "\n", "lex: cosy\n", f"lex: {QUERY}\n", "Sure!"):
         found = judge.find(QUERY, text)
         assert (found.gain, found.lex_without_hit) == (0.0, 0.0)
-        assert set(found.contributions) == {0.0}
+        assert set(judge.contributions(QUERY, text)) == {0.0}
 
 
 def test_half_of_the_value_may_be_of_the_search_without_vectors():
@@ -149,7 +149,7 @@ def test_credit_moves_only_the_tokens_of_the_line(judge):
     text = "lex: heating boiler\nlex: heating gurgles\n"
     rollouts = [Rollout(QUERY, [1], tokens, True, text), Rollout(QUERY, [1], [5], True, "")]
     set_rewards(rollouts, section("grpo", reward="retrieval"), judge)
-    credit_lines(rollouts, Words(), weight=2.0)
+    credit_lines(rollouts, Words(), judge, weight=2.0)
     first = rollouts[0].line_advantages
     assert first[0] == first[1] == first[2] > 0
     assert first[3:] == [rollouts[0].advantage] * 3

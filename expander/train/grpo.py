@@ -317,7 +317,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
             set_rewards(rollouts, settings, judge)
             set_advantages(rollouts, group, settings.scale_rewards)
             if settings.credit == "line":
-                credit_lines(rollouts, tokenizer, settings.retrieval.gain)
+                credit_lines(rollouts, tokenizer, judge, settings.retrieval.gain)
             batches = rank_batches(rollouts, config)
             scored = time.monotonic()
             # 4. Reference log-probabilities: the same model with the adapter off. A new adapter is

@@ -61,15 +61,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Finding:
-    """What a completion's search finds.
-
-    `contributions` has one number per raw line of the completion: how much of the value would be
-    lost without the line; 0 for lines that QMD does not search with.
-    """
+    """What a completion's search finds."""
 
     gain: float  # over the bare query, -1 to 1
     lex_without_hit: float  # share of the lex lines that match no document
-    contributions: tuple[float, ...]
 
 
 class Judge:
@@ -126,17 +121,24 @@ class Judge:
             searcher.prepare(lines)
 
     def find(self, query: str, text: str) -> Finding:
-        """Search with a raw completion, and without each of its lines in turn."""
+        """Search with a raw completion."""
+        lines = searched_lines(query, text)
+        lex = [line for kind, line in lines if kind == "lex"]
+        missed = sum(not self._judged[query].searcher.hits(line) for line in lex)
+        gain = self.value(query, lines) - self._bare[query]
+        return Finding(gain, missed / max(len(lex), 1))
+
+    def contributions(self, query: str, text: str) -> list[float]:
+        """How much of a raw completion's value would be lost without each of its raw lines; 0 for
+        lines that QMD does not search with."""
         lines = searched_lines(query, text)
         whole = self.value(query, lines)
-        contributions = []
+        lost = []
         for raw in text.split("\n"):
             at = [lines.index(line) for line in kept_lines(query, raw) if line in lines]
             without = [line for index, line in enumerate(lines) if index not in at]
-            contributions.append(whole - self.value(query, without) if at else 0.0)
-        lex = [line for kind, line in lines if kind == "lex"]
-        missed = sum(not self._judged[query].searcher.hits(line) for line in lex)
-        return Finding(whole - self._bare[query], missed / max(len(lex), 1), tuple(contributions))
+            lost.append(whole - self.value(query, without) if at else 0.0)
+        return lost
 
 
 def judged_rows(config: Config) -> tuple[Rows, Judge]:

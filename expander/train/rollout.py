@@ -16,7 +16,7 @@ from expander.decode import TemperatureSampler, generate, random_keys
 from expander.model import adapters_ready
 from expander.train import distributed
 from expander.train.inputs import Prompt
-from expander.train.judged import Finding
+from expander.train.judged import Finding, Judge
 from expander.train.logps import completion_logps
 from expander.train.loss import group_advantages, line_advantages, sample_std
 from reward import LINE_TYPES, parse_expansion
@@ -103,7 +103,7 @@ def line_numbers(tokens: Sequence[int], tokenizer) -> list[int]:
     return numbers
 
 
-def credit_lines(rollouts: Sequence[Rollout], tokenizer, weight: float) -> None:
+def credit_lines(rollouts: Sequence[Rollout], tokenizer, judge: Judge, weight: float) -> None:
     """Set each token's advantage: its completion's, plus its line's own contribution.
 
     Args:
@@ -111,7 +111,7 @@ def credit_lines(rollouts: Sequence[Rollout], tokenizer, weight: float) -> None:
     """
     deviation = sample_std(mx.array([[r.reward for r in rollouts]])).item()
     for r in rollouts:
-        parts = [weight * part for part in r.finding.contributions]
+        parts = [weight * part for part in judge.contributions(r.query, r.text)]
         lines = line_numbers(r.tokens, tokenizer)
         r.line_advantages = line_advantages(r.advantage, parts, lines, deviation)
 
