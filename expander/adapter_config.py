@@ -12,8 +12,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from expander.base_config import ModelError
+from expander.config import TRAINED
 from expander.files import read_json
-from expander.peft_adapter import PEFT_FILE, TRAINED, is_peft, mlx_config, mlx_weights
+from expander.peft_adapter import PEFT_FILE, is_peft, mlx_config, mlx_weights
 from expander.weight_files import digest, weight_files
 
 ADAPTER_FILE, ADAPTER_CONFIG = "adapters.safetensors", "adapter_config.json"

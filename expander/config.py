@@ -25,7 +25,8 @@ from expander.files import expand_path, pointer_error
 
 STAGES = ("sft", "grpo")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-MODULES_TO_SAVE = ("embed_tokens", "lm_head")
+# The modules that lora.modules_to_save may name, by their names in mlx-lm.
+TRAINED = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 
 # Keys of the original that have no effect here, and why.
 NO_EFFECT = {
@@ -195,7 +196,7 @@ class Lora:
     alpha: float = key(above=0.0)
     dropout: float = key(minimum=0.0, maximum=0.99)
     target_modules: list[str]  # checked against the model, see architectures.select_projections
-    modules_to_save: list[str] | None  # names in MODULES_TO_SAVE
+    modules_to_save: list[str] | None  # keys of TRAINED
 
 
 @dataclass
@@ -558,8 +559,8 @@ def load_config(
         problems += [f"{origin}: {problem}" for problem in found]
     if values.get("model.load_in_4bit") and values.get("model.load_in_8bit"):
         problems.append(f"{path}: model.load_in_4bit and model.load_in_8bit: choose one")
-    if unknown := set(values.get("lora.modules_to_save") or ()) - set(MODULES_TO_SAVE):
-        known = " and ".join(MODULES_TO_SAVE)
+    if unknown := set(values.get("lora.modules_to_save") or ()) - TRAINED.keys():
+        known = " and ".join(TRAINED)
         problems.append(f"{path}: lora.modules_to_save: {min(unknown)!r:.40}; it takes {known}")
     if problems := problems or _missing(stage, values):
         raise ConfigError("\n".join(problems))

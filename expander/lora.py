@@ -11,7 +11,7 @@ from mlx.utils import tree_unflatten
 from mlx_lm.tuner.lora import LoRALinear as MlxLoRALinear
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-from expander.peft_adapter import TRAINED
+from expander.config import TRAINED
 
 
 class LoRALinear(MlxLoRALinear):

@@ -14,12 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from expander.base_config import ModelError
+from expander.config import TRAINED
 from expander.weight_files import StoredTensor, read_header
 
 PEFT_FILE, PICKLE = "adapter_model.safetensors", "adapter_model.bin"
 PREFIX = "base_model.model."
-# The modules that an adapter may train as a whole (PEFT's modules_to_save), by their names in mlx-lm.
-TRAINED = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 LORA_TENSOR = re.compile(r"(.+)\.lora_([AB])\.weight")
 # A trained module as PEFT writes it: alone, or inside its wrappers.
 WHOLE_TENSOR = re.compile(r"(.+?)(\.base_layer|\.modules_to_save)?\.weight")

@@ -17,12 +17,12 @@ import mlx.core as mx
 
 from expander import cli
 from expander.architectures import ARCHITECTURES
+from expander.config import TRAINED
 from expander.convert import gguf_file
 from expander.convert.gguf_tokenizer import check_tokenizer, read_tokenizer
 from expander.convert.weights import FusedWeights, take_adapters
 from expander.files import atomic_write, save_arrays, write_json, write_text
 from expander.model import QUANT_GROUP, Chain, load_base, load_tokenizer, model_config
-from expander.peft_adapter import TRAINED
 
 # Files that file browsers leave in folders they have shown, and ._NAME for NAME's attributes.
 FINDER_FILES = (".DS_Store", ".localized", "Icon\r", "Thumbs.db", "desktop.ini")

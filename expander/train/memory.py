@@ -18,9 +18,8 @@ from expander.architectures import (
     head_dim,
     select_projections,
 )
-from expander.config import Config
+from expander.config import TRAINED, Config
 from expander.model import QUANT_GROUP, Chain, compute_dtype, model_config, recommended_memory
-from expander.peft_adapter import TRAINED
 from expander.train.batches import round_targets, round_width
 
 GB = 1e9
