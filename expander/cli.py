@@ -103,15 +103,26 @@ def integer_from(minimum: int) -> Callable[[str], int]:
     return integer
 
 
-def seconds(text: str) -> float:
-    """An argument type: a number of seconds, 0 or more."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < float("inf"):  # nan fails too
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number of seconds")
-    return value
+def number_up_to(maximum: float, meaning: str) -> Callable[[str], float]:
+    """An argument type: a number from 0 to `maximum`.
+
+    Args:
+        meaning: completes the error "x is not ...".
+    """
+
+    def number(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 <= value <= maximum:  # nan fails too
+            raise argparse.ArgumentTypeError(f"{text[:40]} is not {meaning}")
+        return value
+
+    return number
+
+
+seconds = number_up_to(sys.float_info.max, "a number of seconds")
 
 
 def name(text: str) -> str:

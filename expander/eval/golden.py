@@ -11,17 +11,6 @@ from expander import cli
 THRESHOLDS = {"lex": 0.5, "vec": 0.35, "hyde": 0.25}
 
 
-def share(text: str) -> float:
-    """An argument type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:  # nan fails too
-        raise argparse.ArgumentTypeError(f"{text[:40]} is not a number from 0 to 1")
-    return value
-
-
 def add_options(parser: argparse.ArgumentParser) -> None:
     """Add --golden and its options."""
     group = parser.add_argument_group(
@@ -29,7 +18,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "precision, recall and F1 of the lines by type, as in the original's eval_retrieval.py; "
         "it searches nothing (--retrieval does)",
     )
-    add = group.add_argument
+    add, share = group.add_argument, cli.number_up_to(1.0, "a number from 0 to 1")
     golden_help = "reference expansions, in any row format; without --queries, of their queries"
     add("--golden", type=cli.path, metavar="FILE", help=golden_help)
     kinds = ", ".join(f"{kind} {x:g}" for kind, x in THRESHOLDS.items())
