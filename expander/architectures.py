@@ -83,6 +83,21 @@ def attention_layers(config: dict) -> list[int]:
     return [i for i, kind in enumerate(kinds) if kind in ("full_attention", "sliding_attention")]
 
 
+def _set_layer_types(config: dict, kind: str, period: int) -> None:
+    """Set layer_types: `kind`, but every `period`th layer is full_attention.
+
+    Raises:
+        ValueError: the configuration has others.
+    """
+    layers = config.get("num_hidden_layers")
+    if type(layers) is not int:
+        return  # base_config.py refuses it
+    kinds = [kind if (i + 1) % period else "full_attention" for i in range(layers)]
+    if config.setdefault("layer_types", kinds) not in (None, kinds):
+        raise ValueError(f"layer_types: only every {period}th layer may be full_attention")
+    config["layer_types"] = kinds
+
+
 def _projections(
     config: dict,
     output: str = "o_proj",
@@ -274,17 +289,11 @@ def _gemma3_config(config: dict) -> dict:
     """Bring RoPE's two bases and the pattern of the windows into the form that mlx-lm reads. llama.cpp
     knows the pattern and the local base of Gemma 3 only."""
     config = dict(config)
-    layers, pattern, local = config.get("num_hidden_layers"), 6, 10_000
+    pattern, local = 6, 10_000
     found = config.pop("_sliding_window_pattern", None) or config.get("sliding_window_pattern")
     if found not in (None, pattern):
         raise ValueError(f"sliding_window_pattern {found!r:.40} is not supported, only {pattern}")
-    if type(layers) is int:
-        kinds = [
-            "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(layers)
-        ]
-        if config.setdefault("layer_types", kinds) not in (None, kinds):
-            raise ValueError("layer_types: only every sixth layer may be full_attention")
-        config["layer_types"] = kinds
+    _set_layer_types(config, "sliding_attention", pattern)
     rope = config.get("rope_parameters") or {}
     if isinstance(rope, dict) and isinstance(rope.get("full_attention"), dict):
         sliding = rope.get("sliding_attention") or {}
@@ -332,7 +341,7 @@ def _qwen35_config(config: dict) -> dict:
     config = config | {"model_type": "qwen3_5"}
     for key in ("vision_config", "quantization_config"):
         config.pop(key, None)
-    layers, interval = config.get("num_hidden_layers"), config.get("full_attention_interval") or 4
+    interval = config.get("full_attention_interval") or 4
     if type(interval) is not int or interval < 2:
         raise ValueError(f"full_attention_interval is {interval!r:.40}, expected an integer from 2")
     keys, values = config.get("linear_key_head_dim"), config.get("linear_value_head_dim")
@@ -340,13 +349,7 @@ def _qwen35_config(config: dict) -> dict:
         raise ValueError(
             f"linear_value_head_dim {values!r:.40} is not linear_key_head_dim {keys!r:.40}"
         )
-    if type(layers) is int:
-        kinds = [
-            "linear_attention" if (i + 1) % interval else "full_attention" for i in range(layers)
-        ]
-        if config.setdefault("layer_types", kinds) not in (None, kinds):
-            raise ValueError(f"layer_types: only every {interval}th layer may be full_attention")
-        config["layer_types"] = kinds
+    _set_layer_types(config, "linear_attention", interval)
     rope = config.get("rope_parameters")
     if not isinstance(rope, dict | None):
         raise ValueError(f"rope_parameters is {rope!r:.40}, expected an object")
