@@ -111,16 +111,19 @@ class RowCache(BatchKVCache):
         super().extend(other)
 
 
-def batch_caches(model: nn.Module, padding: list[int]) -> list:
+def batch_caches(model: nn.Module, padding, attention: type = RowCache, state: type = ArraysCache):
     """One cache per layer for left-padded rows, by the kind that mlx-lm gives the layer.
 
     The padding never reaches the state of a convolution or recurrence: ArraysCache masks it. A layer
     with a sliding window keeps all keys, and its mask hides those before the window.
+
+    Args:
+        padding: pad tokens of each row.
+        attention: made from the padding.
+        state: made from the number of arrays and the padding.
     """
     return [
-        ArraysCache(len(cache.cache), padding)
-        if isinstance(cache, ArraysCache)
-        else RowCache(padding)
+        state(len(cache.cache), padding) if isinstance(cache, ArraysCache) else attention(padding)
         for cache in make_prompt_cache(model)
     ]
 

@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, make_prompt_cache
+from mlx_lm.models.cache import ArraysCache
 
+from expander.decode import batch_caches
 from expander.fast_exp import logsumexp, softmax_and_lse
 from expander.lora import head_weight
 from expander.model import hidden_states, lm_head
@@ -174,12 +175,7 @@ def completion_states(
     Returns:
         (B, T, D).
     """
-    cache = [
-        PromptState(len(kind.cache), padding)
-        if isinstance(kind, ArraysCache)
-        else PromptCache(padding)
-        for kind in make_prompt_cache(model)
-    ]
+    cache = batch_caches(model, padding, PromptCache, PromptState)
     last = hidden_states(model, prompts, cache)[:, -1:]  # (P, 1, D)
     for layer in cache:
         layer.repeat(rows)
