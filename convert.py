@@ -166,7 +166,7 @@ def main() -> None:
     paths = formats.write_gguf_files(chain, arguments.output, name, kinds, arguments.verify)
     path = arguments.output / "Modelfile"
     write_text(path, modelfile(paths[0].name, chain.frame()))
-    write_hub_files(path)
+    write_hub_files(path.parent, chain.frame())
     if arguments.ollama:
         run_ollama(arguments.ollama, path)
     if publication:

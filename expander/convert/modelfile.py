@@ -80,38 +80,35 @@ def go_template(frame: Frame) -> str:
     return f"{turns}{{{{ end }}}}{frame.start}{frame.assistant}\n"
 
 
+def parameters(frame: Frame) -> dict[str, object]:
+    """Ollama's parameters: the end of a turn, QMD's sampling."""
+    return {
+        "stop": frame.end,
+        "temperature": SAMPLING.temperature,
+        "top_k": SAMPLING.top_k,
+        "top_p": SAMPLING.top_p,
+        "presence_penalty": SAMPLING.presence_penalty,
+        "repeat_penalty": 1,
+        "repeat_last_n": SAMPLING.penalty_last_n,
+        "num_predict": SAMPLING.max_tokens,
+        "num_ctx": 4096,
+    }
+
+
 def modelfile(gguf: str, frame: Frame = CHATML) -> str:
-    """Ollama's Modelfile for a GGUF file in the same folder: the prompt's frame, QMD's sampling."""
-    return f'''FROM ./{gguf}
-TEMPLATE """{go_template(frame)}"""
-PARAMETER stop "{frame.end}"
-PARAMETER temperature {SAMPLING.temperature}
-PARAMETER top_k {SAMPLING.top_k}
-PARAMETER top_p {SAMPLING.top_p}
-PARAMETER presence_penalty {SAMPLING.presence_penalty}
-PARAMETER repeat_penalty 1
-PARAMETER repeat_last_n {SAMPLING.penalty_last_n}
-PARAMETER num_predict {SAMPLING.max_tokens}
-PARAMETER num_ctx 4096
-'''
+    """Ollama's Modelfile for a GGUF file in the same folder: the prompt's frame and `parameters`."""
+    lines = [f"PARAMETER {name} {json.dumps(x)}\n" for name, x in parameters(frame).items()]
+    return f'FROM ./{gguf}\nTEMPLATE """{go_template(frame)}"""\n{"".join(lines)}'
 
 
-def hub_files(text: str) -> dict[str, str]:
-    """`template` and `params`: what a Modelfile says, for `ollama run hf.co/OWNER/NAME-gguf`.
+def write_hub_files(folder: Path, frame: Frame) -> None:
+    """Write `template` and `params`, for `ollama run hf.co/OWNER/NAME-gguf`.
 
     The Hub hands them to Ollama with the GGUF file; a Modelfile in a repository is not read.
     """
-    [template] = re.findall(r'^TEMPLATE """(.*?)"""$', text, re.DOTALL | re.MULTILINE)
-    params: dict[str, object] = {}
-    for name, value in re.findall(r"^PARAMETER (\w+) (.+)$", text, re.MULTILINE):
-        params[name] = [json.loads(value)] if name == "stop" else json.loads(value)
-    return {TEMPLATE: template, PARAMS: json.dumps(params, indent=2) + "\n"}
-
-
-def write_hub_files(modelfile: Path) -> None:
-    """Write `hub_files` next to the Modelfile."""
-    for name, text in hub_files(modelfile.read_text(encoding="utf-8")).items():
-        write_text(modelfile.parent / name, text)
+    params = parameters(frame) | {"stop": [frame.end]}
+    write_text(folder / TEMPLATE, go_template(frame))
+    write_text(folder / PARAMS, json.dumps(params, indent=2) + "\n")
 
 
 def create_command(name: str, path: Path) -> str:
