@@ -30,7 +30,7 @@ from expander.qmd import kept_lines
 from expander.queries import normal_query
 from expander.retrieval.collection import Document
 from expander.retrieval.index import FullTextIndex
-from expander.retrieval.passages import finds
+from expander.retrieval.passages import matches
 from expander.rows import DATA, Example, file_rows, find_files, parse_row, read_files
 from expander.text import printable
 from reward import (
@@ -102,9 +102,9 @@ def fix_long_lex(query: str, lines: Lines) -> Lines:
 
     def fixed(text: str) -> str:
         parts = text.split()
-        if len(parts) <= LEX_WORDS or '"' in text or " -" in text or finds(text, index):
+        if len(parts) <= LEX_WORDS or '"' in text or " -" in text or matches(text, index):
             return text
-        short = " ".join([word for word in parts if finds(word, index)][:LEX_WORDS])
+        short = " ".join([word for word in parts if matches(word, index)][:LEX_WORDS])
         kept = kept_lines(base, f"lex: {short}")
         return short if kept and " " in short and not echoes(short, base) else text
 

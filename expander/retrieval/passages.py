@@ -32,10 +32,11 @@ def passages(examples: Iterable[Example]) -> tuple[list[Document], dict[str, dic
     return [Document(name, "", text) for text, name in ids.items()], grades
 
 
-def finds(line: str, index: FullTextIndex) -> bool:
-    """Whether a lex line matches a document."""
+def matches(line: str, index: FullTextIndex) -> set[str]:
+    """The ids of all documents that a lex line matches."""
     expression = fts_query(line)
-    return expression is not None and index.count(expression) > 0
+    everything = -1  # SQLite's LIMIT
+    return {name for name, _ in index.search(expression, everything)} if expression else set()
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,11 @@ def lex_hits(examples: Sequence[Example]) -> list[LexHits]:
     >>> lex_hits([row, Example("x", (("hyde", "Y."), ("lex", "due boiler"), ("lex", "z")))])
     [LexHits(lines=1, own=1, any=1), LexHits(lines=2, own=0, any=1)]
     """
-    every = FullTextIndex(
-        Document(str(number), "", text)
-        for number, text in enumerate(filter(None, map(passage_of, examples)))
-    )
+    texts = [passage_of(example) for example in examples]
+    index = FullTextIndex(Document(str(n), "", text) for n, text in enumerate(texts) if text)
     found = []
-    for example in examples:
-        passage = passage_of(example)
-        lex = [text for kind, text in example.lines if kind == "lex"] if passage else []
-        own = FullTextIndex([Document("own", "", passage or "")])
-        found.append(
-            LexHits(
-                len(lex),
-                sum(finds(line, own) for line in lex),
-                sum(finds(line, every) for line in lex),
-            )
-        )
+    for number, example in enumerate(examples):
+        lex = [text for kind, text in example.lines if kind == "lex"] if texts[number] else []
+        hits = [matches(line, index) for line in lex]
+        found.append(LexHits(len(lex), sum(str(number) in x for x in hits), sum(map(bool, hits))))
     return found
