@@ -31,6 +31,7 @@ from dataset.generate_data import MLX_SERVER, invented
 from expander import cli
 from expander.files import write_rows
 from expander.queries import normal_query
+from expander.retrieval.collection import read_notes
 
 PASSAGE = 200  # characters, about the limit of reward.py for a hyde line
 SENTENCE_WORDS, SENTENCE_CHARACTERS = 8, 60  # of the first sentence, as a query
@@ -96,19 +97,13 @@ def links(text: str) -> Iterator[tuple[str, str]]:
         yield plain(shown), Path(unquote(target)).stem
 
 
-def read_notes(folder: Path) -> dict[Path, str]:
-    """The Markdown files of a folder and their texts; hidden and empty ones are left out.
+def texts(folder: Path) -> dict[Path, str]:
+    """The Markdown files that QMD would index, by their paths in the folder, and their texts.
 
     Raises:
         ValueError: there is none.
     """
-    folder = folder.expanduser()
-    notes = {
-        path: path.read_text(encoding="utf-8", errors="replace")
-        for path in sorted(folder.rglob("*.md"))
-        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    }
-    notes = {path: text for path, text in notes.items() if text.strip()}
+    notes = {Path(note.id): note.text for note in read_notes(folder.expanduser(), folder.name)}
     if not notes:
         raise ValueError(f"{folder}: no .md file with text in it")
     return notes
@@ -178,7 +173,7 @@ def main() -> None:
     add("--url", default=MLX_SERVER, help="base URL of the endpoint (default: %(default)s)")
     add("--per-note", type=int, metavar="N", default=3, help="its queries per note (default: 3)")
     arguments = parser.parse_args()
-    notes = read_notes(arguments.notes)
+    notes = texts(arguments.notes)
     found = list(pairs(notes))
     if arguments.model:
         key = os.environ.get("OPENAI_API_KEY", "").strip()

@@ -16,7 +16,7 @@ import yaml
 from chains import make_chain
 from fake_endpoint import Act, ChatEndpoint
 
-from examples.notes_queries import headings, pairs, read_notes, rows
+from examples.notes_queries import headings, pairs, rows, texts
 from examples.qmd_config import set_generate
 from expander.prompt import user_message
 
@@ -213,7 +213,7 @@ More.
 
 
 def test_headings_that_occur_in_several_notes_are_skipped(notes, tmp_path):
-    read = read_notes(notes)
+    read = texts(notes)
     found = rows(read, list(pairs(read)))
     headings = [row for row in found if row["query"].startswith("Rotate")]
     assert [row["query"] for row in headings] == [f"Rotate key {n} of auth" for n in range(8)]
@@ -222,7 +222,7 @@ def test_headings_that_occur_in_several_notes_are_skipped(notes, tmp_path):
     # The first sentences differ as well; "Links" is in every note.
     assert len(found) == 16 and "Every key lives for 2 days" in [row["query"] for row in found]
     with pytest.raises(ValueError, match=r"no \.md file"):
-        read_notes(tmp_path / "nowhere")
+        texts(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no note has"):
         rows(read, [("Links", path, "x") for path in read])
 
@@ -233,7 +233,7 @@ def test_the_text_of_a_link_is_a_query_for_the_note_it_points_to(tmp_path):
     (tmp_path / ".trash" / "old.md").write_text("# Old\n\nGone.\n")
     (tmp_path / "ops" / "keys.md").write_text("---\na: b\n---\nRotate by hand. Then rest.\n")
     (tmp_path / "todo.md").write_text("[the key chore](ops/keys.md), [[keys|spare]], [[todo]]\n")
-    read = read_notes(tmp_path)
+    read = texts(tmp_path)
     answers = {query: path.name for query, path, _ in pairs(read)}
     assert answers["the key chore"] == answers["spare"] == answers["Rotate by hand"] == "keys.md"
     assert "todo" not in answers  # a note that links to itself

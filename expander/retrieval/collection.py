@@ -153,14 +153,14 @@ def _read_folder(path: Path, fixture: Path | None, split: str) -> Collection:
     if (path / "notes").is_dir() and (path / "qrels.tsv").is_file():
         return _collection(
             name,
-            _notes(path / "notes", name),
+            read_notes(path / "notes", name),
             _queries(file_rows(path / "queries.jsonl"), "id"),
             _qrels(path / "qrels.tsv"),
             strict=True,
         )
     fixture = fixture or path / "bench.json"
     if fixture.is_file():
-        return _with_fixture(name, _notes(path, name), *read_fixture(fixture)[:2])
+        return _with_fixture(name, read_notes(path, name), *read_fixture(fixture)[:2])
     found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
     if any(path.glob("*.md")) or any(path.glob("*/*.md")):
         raise ValueError(
@@ -233,7 +233,7 @@ def _index_rows(path: Path) -> Iterator[tuple[str, str, str]]:
         database.close()
 
 
-def _notes(root: Path, name: str) -> list[Document]:
+def read_notes(root: Path, name: str) -> list[Document]:
     """The Markdown files that QMD would index, in the order of their paths.
 
     Left out: hidden and AppleDouble files, `SKIPPED_FOLDERS`, blank files, links out of `root`.
