@@ -68,6 +68,11 @@ class Rows:
     read: int = 0
     duplicates: int = 0
 
+    @property
+    def languages(self) -> list[str]:
+        """The languages of the training rows; rows without a label count as English."""
+        return sorted({example.language or "en" for example in self.train})
+
     def summary(self) -> str:
         return (
             f"{self.read} rows read, {self.duplicates} duplicate queries dropped: "

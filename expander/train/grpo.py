@@ -361,7 +361,7 @@ def train_grpo(config: Config, resume: bool, overwrite: bool) -> None:
         adapter_config | {"stage": "grpo", "parent": "sft"},
         {
             "prompts": len(prompts),
-            "languages": sorted({example.language or "en" for example in rows.train}),
+            "languages": rows.languages,
             "held_out_prompts": len(held_out),
             "best_is": "highest held-out reward" if held_out else "the last step",
         },

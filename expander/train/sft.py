@@ -277,7 +277,7 @@ def train_sft(config: Config, resume: bool, overwrite: bool) -> None:
         adapter_config | source | {"quantize_bits": config.model.bits},
         {
             "rows": len(rows),
-            "languages": sorted({example.language or "en" for example in data.train}),
+            "languages": data.languages,
             "validation_rows": len(held_out),
             "best_is": "lowest validation loss" if held_out else "the last step",
         },
