@@ -163,6 +163,23 @@ def test_what_a_killed_process_left_is_removed(tmp_path):
     assert names(tmp_path) == ["step-000001", "step-000003"]
 
 
+def test_a_kill_while_a_checkpoint_is_deleted_leaves_nothing_for_good(tmp_path, monkeypatch):
+    def killed(path: Path, **_) -> None:
+        for name in ("state.json", "optimizer.safetensors"):
+            (path / name).unlink()
+        raise KeyboardInterrupt
+
+    checkpoints = Checkpoints(tmp_path / "run", keep=1)
+    save(checkpoints, 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoints.clear()
+    save(checkpoints, 2)
+    assert names(tmp_path / "run") == ["step-000002"]
+    checkpoints.clear()
+    assert not (tmp_path / "run").exists()
+
+
 def test_other_files_in_the_folder_do_no_harm(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=1)
     (tmp_path / ".DS_Store").write_bytes(b"Finder's")

@@ -67,14 +67,14 @@ class Checkpoints:
             checksums = {path.name: digest(path) for path in sorted(temporary.iterdir())}
             write_json(temporary / STATE, {"step": step, "sha256": checksums, "state": state})
             if target.exists():
-                shutil.rmtree(target)
+                self._delete(step)
             temporary.rename(target)
             fsync_folder(self.folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
         kept = [at for at in self.steps() if at <= step][: self.keep]
         for at in set(self.steps()) - set(kept):
-            shutil.rmtree(self._path(at))
+            self._delete(at)
         return target
 
     def _read(self, step: int) -> Checkpoint:
@@ -96,17 +96,24 @@ class Checkpoints:
                 warn(f"{self._path(step)} is damaged ({error}); falling back to the previous one")
         return None
 
+    def _delete(self, step: int) -> None:
+        """Delete a checkpoint, by way of a temporary name: a kill may leave only some of its files,
+        which nobody would recognise as ours."""
+        doomed = self.folder / f".0-{step}"
+        self._path(step).rename(doomed)
+        shutil.rmtree(doomed)
+
     def _delete_unfinished(self) -> None:
-        """Delete what a killed run left half-written."""
+        """Delete what a killed run left half-written or half-deleted."""
         for path in self.folder.glob(".*"):
             if path.is_dir() and TEMPORARY.fullmatch(path.name):
                 shutil.rmtree(path)
 
     def clear(self, *names: str) -> None:
         """Delete all checkpoints and the files `names`; the folder only if it is empty then."""
-        for step in self.steps():
-            shutil.rmtree(self._path(step))
         self._delete_unfinished()
+        for step in self.steps():
+            self._delete(step)
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
         with suppress(OSError):
