@@ -51,10 +51,9 @@ step "GGUF"
 
 step "results"
 "$python" -m examples.demo_table $demo/base.json $demo/SFT.json $demo/GRPO.json
-for query in "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"; do
-    printf '\n$ python eval.py --model %s --decode qmd --query "%s"\n' "$demo/grpo" "$query"
-    "$python" eval.py --model $demo/grpo --decode qmd --query "$query"
-done
+echo
+"$python" examples/expand.py --model $demo/grpo \
+    "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"
 cat <<TEXT
 
 Next, with the activated environment (. .venv/bin/activate):

@@ -196,11 +196,14 @@ def test_a_machine_without_a_gpu_wires_nothing():
     models.wire_memory()
 
 
-def test_buffers_kept_for_reuse_follow_the_device(device):
+def test_buffers_kept_for_reuse_follow_the_device(device, monkeypatch):
     device(5.6)
     assert cache_limit() == 700_000_000
     device(96)
     assert cache_limit() == 2 << 30
+    monkeypatch.setattr(mx, "device_info", dict)  # a CPU
+    monkeypatch.setattr(memory, "installed", lambda: 96 * 10**9)
+    assert cache_limit() == 1 << 30
 
 
 def test_a_proposal_fits_and_is_what_the_configuration_takes(qwen, device, monkeypatch):

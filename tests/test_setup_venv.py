@@ -22,6 +22,7 @@ LOGGING = """#!/bin/sh
 case "$*" in
 -c*) ;;
 "-m pip --version") [ -e has_pip ] ;;
+"-m uv "*) echo uv >>calls; [ ! -e no_uv ] ;;
 *) echo "$*" >>calls; : >has_pip; ! read -r line <requirements.txt || [ "$line" != "# fails" ] ;;
 esac
 """
@@ -162,17 +163,25 @@ def test_packages_are_installed_once_and_again_after_a_change(machine):
     python.write_text(LOGGING)
     python.chmod(0o755)
     assert machine.bash("setup_venv requirements.txt").returncode == 0
-    install = "-m pip install --quiet --disable-pip-version-check -r requirements.txt"
+    pip = "-m pip install --quiet --disable-pip-version-check"
     calls = machine.folder / "calls"
-    assert calls.read_text().splitlines() == ["-m ensurepip", install]
+    assert calls.read_text().splitlines() == ["-m ensurepip", f"{pip} uv", "uv"]
 
     assert machine.bash("setup_venv requirements.txt").stdout == ""
     (machine.folder / "requirements.txt").write_text("# changed\n")
     assert "installing" in machine.bash("setup_venv requirements.txt").stdout
-    assert calls.read_text().splitlines() == ["-m ensurepip", install, install]
+    assert calls.read_text().splitlines()[3:] == [f"{pip} uv", "uv"]
+
+    # pip takes over from uv, which does not know of pip's mirrors.
+    calls.unlink()
+    (machine.folder / "no_uv").touch()
+    (machine.folder / "requirements.txt").write_text("# changed again\n")
+    assert machine.bash("setup_venv requirements.txt").returncode == 0
+    assert calls.read_text().splitlines() == [f"{pip} uv", "uv", f"{pip} -r requirements.txt"]
 
     # A failed installation is tried again.
+    calls.unlink()
     (machine.folder / "requirements.txt").write_text("# fails\n")
     for _ in range(2):
         assert machine.bash("setup_venv requirements.txt; echo went on").stdout.count("\n") == 1
-    assert calls.read_text().splitlines()[3:] == [install, install]
+    assert calls.read_text().splitlines() == 2 * [f"{pip} uv", f"{pip} -r requirements.txt"]
