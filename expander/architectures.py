@@ -196,6 +196,23 @@ def _llama_keys(config: dict) -> dict[str, int | float]:
     return {"vocab_size": config["vocab_size"], "rope.dimension_count": head_dim(config)}
 
 
+# SmolLM3: a llama without RoPE in every fourth layer
+
+
+def _smollm3_config(config: dict) -> dict:
+    """Check which layers have no RoPE: llama.cpp leaves it out of every fourth, and has no key for it."""
+    layers, period = config.get("num_hidden_layers"), 4
+    if type(layers) is not int:
+        return config  # base_config.py refuses it
+    rotated = [int((i + 1) % period != 0) for i in range(layers)]
+    found, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval")
+    if found is None and interval not in (None, period):
+        raise ValueError(f"no_rope_layer_interval {interval!r:.40} is not supported, only {period}")
+    if found not in (None, rotated):
+        raise ValueError(f"no_rope_layers: only every {period}th layer may be without RoPE")
+    return config | {"no_rope_layers": rotated, "no_rope_layer_interval": period}
+
+
 # LFM2: a short convolution in most layers, attention in the others
 
 
@@ -462,6 +479,15 @@ ARCHITECTURES = {
             sizes=(),
             biases=("attention_bias", "mlp_bias"),
             rope_types=("default", "linear", "yarn", "llama3"),
+        ),
+        Architecture(
+            "smollm3",
+            gguf_name="smollm3",
+            normalize=_smollm3_config,
+            gguf_keys=_llama_keys,
+            interleaved_rope=True,
+            sizes=(),
+            fixed={"mlp_bias": False, "use_sliding_window": False},
         ),
         Architecture(
             "lfm2",

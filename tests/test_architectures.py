@@ -31,6 +31,7 @@ from expander.train.sft import completion_loss
 
 ROOT = Path(__file__).parent.parent
 MAKE = {
+    "smollm3": tiny.make_smollm3,
     "lfm2": tiny.make_lfm2,
     "gemma3": tiny.make_gemma3,
     "qwen35": tiny.make_qwen35,
@@ -283,3 +284,37 @@ def test_settings_of_lfm2_that_are_not_computed_alike(changes, message, tmp_path
     folder = tiny.configure(tiny.make_lfm2(tmp_path / "base"), **changes)
     with pytest.raises(ModelError, match=message):
         models.model_config(folder)
+
+
+# SmolLM3's layers without RoPE
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_rope_layers": [1] * 5}, "no_rope_layers"),
+        ({"no_rope_layers": [1, 1, 1, 0]}, "no_rope_layers"),
+        ({"no_rope_layers": None, "no_rope_layer_interval": 3}, "no_rope_layer_interval 3"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"attention_bias": True}, "attention_bias"),
+        ({"layer_types": None, "use_sliding_window": True}, "use_sliding_window"),
+        ({"layer_types": ["full_attention"] * 4 + ["sliding_attention"]}, "layer_types: sliding"),
+    ],
+)
+def test_settings_of_smollm3_that_are_not_computed_alike(changes, message, tmp_path):
+    folder = tiny.configure(tiny.make_smollm3(tmp_path / "base"), **changes)
+    with pytest.raises(ModelError, match=message):
+        models.model_config(folder)
+
+
+def test_without_the_keys_every_fourth_layer_of_smollm3_has_no_rope(tmp_path):
+    tokens = mx.array([[5, 100, 5, 200, 7]])
+    folder = tiny.make_smollm3(tmp_path / "base")
+    expected = models.load_base(folder)(tokens)
+    for missing, changes in (
+        (["no_rope_layers"], {}),
+        (["no_rope_layer_interval"], {"no_rope_layers": None}),
+        ([], {"no_rope_layers": [True, True, True, False, True]}),
+    ):
+        tiny.configure(folder, *missing, **changes)
+        assert mx.array_equal(models.load_base(folder)(tokens), expected)

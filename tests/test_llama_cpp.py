@@ -97,6 +97,7 @@ BASES = {
     "tied": lambda folder: tiny.make_qwen3(folder, hidden=32, full_vocab=True, seed=3),
     "untied": lambda folder: tiny.make_qwen3(folder, tied=False, hidden=32, seed=41),
     "llama": lambda folder: tiny.make_llama(folder, seed=4),
+    "smollm3": lambda folder: tiny.make_smollm3(folder, seed=312),
     "lfm2": lambda folder: tiny.make_lfm2(folder, seed=37),
     "gemma3": lambda folder: tiny.make_gemma3(folder, seed=1),
     "qwen35": lambda folder: tiny.make_qwen35(folder, seed=0),
@@ -143,6 +144,12 @@ VARIANTS = {
         "untied": (["tie_word_embeddings"], {}, {"tie_word_embeddings": True}),
         "biases": ([], {}, {}),
     },
+    "smollm3": {
+        "rope_parameters": (["rope_theta"], {"rope_parameters": PLAIN}, {"rope_theta": 5000000}),
+        "linear": ([], {"rope_parameters": LINEAR}, {"rope_parameters": None}),
+        "yarn": ([], {"rope_scaling": YARN}, {"rope_scaling": None}),
+        "untied": (["tie_word_embeddings"], {}, {"tie_word_embeddings": True}),
+    },
     "qwen2": {
         "rope_parameters": (["rope_theta"], {"rope_parameters": PLAIN}, {"rope_theta": 1000000}),
         "linear": ([], {"rope_parameters": LINEAR}, {"rope_parameters": None}),
@@ -159,7 +166,12 @@ VARIANTS = {
 
 
 def make_variant(folder: Path, kind: str, name: str) -> Path:
-    make = {"llama": tiny.make_llama, "qwen2": tiny.make_qwen2, "qwen3": tiny.make_qwen3}[kind]
+    make = {
+        "llama": tiny.make_llama,
+        "smollm3": tiny.make_smollm3,
+        "qwen2": tiny.make_qwen2,
+        "qwen3": tiny.make_qwen3,
+    }[kind]
     make(folder, tied=name != "untied", seed=5)
     if name == "biases":
         tiny.add_biases(folder)

@@ -30,6 +30,9 @@ QWEN_SPLIT = (
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
+# Llama 3's: up to three digits together.
+LLAMA3_SPLIT = QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
+
 # Qwen3.5's: marks belong to the letters before them.
 QWEN35_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
@@ -57,6 +60,13 @@ LLAMA_SPECIAL = [
     "<filename>", "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>",
     "<jupyter_start>", "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<jupyter_script>",
     "<empty_output>",
+]
+# SmolLM3's, ids 128,000 to 128,018.
+SMOLLM3_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<think>", "</think>", "<|finetune_right_pad_id|>",
+    "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
+    "<|reserved_special_token_2|>", "<|im_start|>", "<|im_end|>", "<tool_response>",
+    "</tool_response>", "<tool_call>", "</tool_call>", "<code>", "</code>",
 ]
 # LFM2's, ids 0 to 13.
 LFM2_SPECIAL = [
@@ -246,6 +256,74 @@ def make_llama(
     }
     generation_config = {"bos_token_id": im_start, "eos_token_id": im_end, "pad_token_id": im_end}
     weights = _weights(config, head_norms=False, seed=seed)
+    return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
+
+
+def make_smollm3(
+    folder: Path,
+    *,
+    tied: bool = True,
+    hidden: int = 64,
+    layers: int = 5,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn: int = 128,
+    seed: int = 0,
+) -> Path:
+    """Write a random float32 SmolLM3 into `folder` and return it."""
+    tokenizer = smollm3_tokenizer()
+    ids = {token: tokenizer.token_to_id(token) for token in SMOLLM3_SPECIAL}
+    end_of_text, im_end = ids["<|end_of_text|>"], ids["<|im_end|>"]
+    config = {
+        "architectures": ["SmolLM3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": ids["<|begin_of_text|>"],
+        "eos_token_id": im_end,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": ffn,
+        "layer_types": ["full_attention"] * layers,
+        "max_position_embeddings": 65536,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "model_type": "smollm3",
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)],
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": ids["<|finetune_right_pad_id|>"],
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": tokenizer.get_vocab_size() + 5,
+    }
+    tokenizer_config = {
+        "bos_token": None,
+        "chat_template": QWEN_TEMPLATE,
+        "clean_up_tokenization_spaces": True,
+        "eos_token": "<|im_end|>",
+        "fast": False,
+        "model_max_length": 131072,
+        "pad_token": "<|im_end|>",
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    generation_config = {
+        "bos_token_id": ids["<|begin_of_text|>"],
+        "do_sample": True,
+        "eos_token_id": [im_end, end_of_text],
+        "pad_token_id": ids["<|finetune_right_pad_id|>"],
+        "temperature": 0.6,
+        "top_p": 0.95,
+    }
+    weights = _weights(config | {"head_dim": hidden // heads}, head_norms=False, seed=seed)
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
@@ -616,13 +694,29 @@ def llama_tokenizer() -> Tokenizer:
     return tokenizer
 
 
+def smollm3_tokenizer() -> Tokenizer:
+    """A tokenizer in SmolLM3's layout: Llama 3's split, the added tokens last, no BOS."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.post_processor = processors.ByteLevel(add_prefix_space=False, trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    _train(tokenizer, special=[])
+    marks = [AddedToken(t, normalized=False, special=t[1] == "|") for t in SMOLLM3_SPECIAL]
+    tokenizer.add_tokens(marks)
+    return tokenizer
+
+
 def lfm2_tokenizer() -> Tokenizer:
     """A tokenizer in LFM2's layout: special tokens first, Llama 3's split, a BOS by template."""
     tokenizer = Tokenizer(BPE(ignore_merges=True))
-    split = QWEN_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(split), "isolated"),
+            pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
