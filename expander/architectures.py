@@ -4,7 +4,8 @@ To add one:
 
 1. Check that mlx-lm has it (mlx_lm/models/MODEL_TYPE.py) with the layout that model.py uses:
    `model.model` returns the normed hidden states, `model.layers` holds the layers, and the logits
-   come from `lm_head` or from the tied embeddings. Its layers must keep their state in mlx-lm's
+   come from `lm_head` or from the tied embeddings, divided by `model.logits_scaling` if it has
+   one (model.hidden_states does that). Its layers must keep their state in mlx-lm's
    KVCache, RotatingKVCache or ArraysCache: decode.py and train/logps.py batch these.
 2. Check that the gguf package has it (gguf.MODEL_ARCH) with a name for each of its tensors.
 3. Add an entry to ARCHITECTURES. llama.cpp's converter shows the keys and how it changes the
@@ -24,7 +25,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from expander.prompt import CHATML, GEMMA, LFM2, Frame
+from expander.prompt import CHATML, GEMMA, GRANITE, LFM2, Frame
 
 # LoRA's default targets: attention and the gated MLP, by the names in most models.
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -163,6 +164,7 @@ class Architecture:
         interleaved_rope: llama.cpp rotates neighbouring rows of q and k, not the two halves of a
             head as Hugging Face does, so the rows are reordered on export.
         sizes: integers that config.json must have in addition to base_config.SIZES.
+        numbers: numbers above 0 that config.json must have.
         layer_types: the kinds of layers that config.json may name.
         free_head_dim: a head may have another size than hidden_size / num_attention_heads.
         biases: switches of config.json that mlx-lm obeys; in other architectures they must be off.
@@ -181,6 +183,7 @@ class Architecture:
     gguf_layout: Callable[[dict, str, tuple[int, ...]], Layout] = _as_it_is
     interleaved_rope: bool = False
     sizes: tuple[str, ...] = ("num_key_value_heads",)
+    numbers: tuple[str, ...] = ()
     layer_types: tuple[str, ...] = ("full_attention",)
     free_head_dim: bool = True
     biases: tuple[str, ...] = ()
@@ -211,6 +214,34 @@ def _smollm3_config(config: dict) -> dict:
     if found not in (None, rotated):
         raise ValueError(f"no_rope_layers: only every {period}th layer may be without RoPE")
     return config | {"no_rope_layers": rotated, "no_rope_layer_interval": period}
+
+
+# Granite: a llama with four factors
+
+
+GRANITE_FACTORS = (
+    "embedding_multiplier",
+    "attention_multiplier",
+    "residual_multiplier",
+    "logits_scaling",
+)
+
+
+def _granite_config(config: dict) -> dict:
+    """Add the keys that mlx-lm needs and transformers does not."""
+    defaults = dict.fromkeys(GRANITE_FACTORS, 1.0) | {"attention_bias": False, "mlp_bias": False}
+    found = {key: value for key, value in config.items() if value is not None}
+    return config | defaults | {key: found[key] for key in defaults.keys() & found.keys()}
+
+
+def _granite_keys(config: dict) -> dict[str, int | float]:
+    embedding, attention, residual, logits = (float(config[key]) for key in GRANITE_FACTORS)
+    return _llama_keys(config) | {
+        "embedding_scale": embedding,
+        "attention.scale": attention,
+        "residual_scale": residual,
+        "logit_scale": logits,
+    }
 
 
 # LFM2: a short convolution in most layers, attention in the others
@@ -488,6 +519,17 @@ ARCHITECTURES = {
             interleaved_rope=True,
             sizes=(),
             fixed={"mlp_bias": False, "use_sliding_window": False},
+        ),
+        Architecture(
+            "granite",
+            gguf_name="granite",
+            frame=GRANITE,
+            normalize=_granite_config,
+            gguf_keys=_granite_keys,
+            interleaved_rope=True,
+            numbers=GRANITE_FACTORS,
+            free_head_dim=False,
+            biases=("attention_bias", "mlp_bias"),
         ),
         Architecture(
             "lfm2",

@@ -88,6 +88,8 @@ def read_base_config(config: dict) -> dict:
     config = dict(architecture.normalize(config))
     _check_sizes(config, architecture)
     _number(config, "rms_norm_eps", largest=1)
+    for key in architecture.numbers:
+        _number(config, key)
     _check_switches(config, architecture)
     _check_attention(config, architecture)
     _check_quantization(config)

@@ -674,8 +674,14 @@ def adapters_are_zero(model: nn.Module) -> bool:
 
 
 def hidden_states(model: nn.Module, tokens: mx.array, cache=None) -> mx.array:
-    """The last layer's normed states, before the vocabulary head: (B, T) → (B, T, D)."""
-    return model.model(tokens, cache=cache)
+    """The last layer's normed states, before the vocabulary head: (B, T) → (B, T, D).
+
+    Granite divides its logits by a constant. The head is linear, so the states are divided instead,
+    in this one place.
+    """
+    states = model.model(tokens, cache=cache)
+    scaling = getattr(model, "logits_scaling", 1.0)
+    return states if scaling == 1.0 else states / scaling
 
 
 def lm_head(model: nn.Module) -> Callable[[mx.array], mx.array]:

@@ -31,10 +31,11 @@ TYPES = tuple(sorted(LINE_TYPES))
 
 @dataclass(frozen=True)
 class Frame:
-    """How a model writes a chat. Each turn is `start`, a role, a newline, a text and `end`.
+    """How a model writes a chat. Each turn is `start`, a role, `after_role`, a text and `end`.
 
     Attributes:
         end: also the last token of a completion.
+        after_role: a newline, or a token.
         bos: the token in front of the first turn; empty if there is none.
         assistant: the role of the model's own turns.
         system_role: False if the text of a system turn opens the next user turn instead.
@@ -44,10 +45,15 @@ class Frame:
 
     start: str = IM_START
     end: str = IM_END
+    after_role: str = "\n"
     bos: str = ""
     assistant: str = "assistant"
     system_role: bool = True
     instruction: str = INSTRUCTION
+
+    def opening(self, role: str) -> str:
+        """A turn up to its text."""
+        return f"{self.start}{role}{self.after_role}"
 
     def jinja(self) -> str:
         """The frame as a Jinja chat template, without tools and thinking, for two readers:
@@ -76,15 +82,16 @@ class Frame:
             f"{self.bos}"
             + ("" if self.system_role else "{% set chat = namespace(system='') %}")
             + f"{{% for message in messages %}}{opening}"
-            + f"{{{{ '{self.start}' + {role} + '\n' + {text} + '{self.end}' }}}}"
+            + f"{{{{ '{self.start}' + {role} + '{self.after_role}' + {text} + '{self.end}' }}}}"
             + "{% if message.role != 'assistant' %}{{ '\n' }}{% endif %}"
             + f"{closing}{{% endfor %}}"
-            + f"{{% if add_generation_prompt %}}{{{{ '{self.start}{self.assistant}\n' }}}}{{% endif %}}"
+            + f"{{% if add_generation_prompt %}}{{{{ '{self.opening(self.assistant)}' }}}}{{% endif %}}"
         )
 
 
 CHATML = Frame()
 GEMMA = Frame("<start_of_turn>", "<end_of_turn>", bos="<bos>", assistant="model", system_role=False)
+GRANITE = Frame("<|start_of_role|>", "<|end_of_text|>", after_role="<|end_of_role|>")
 # Liquid's models have no /no_think; the original trains them without it.
 LFM2 = Frame(bos="<|startoftext|>", instruction=EXPAND)
 
@@ -123,8 +130,8 @@ def render_prompt(
         turns = [("system", system), ("user", user_message(query, intent))]
     else:
         turns = [("user", f"{system}\n\n{user_message(query, intent)}")]
-    framed = "".join(f"{frame.start}{role}\n{text}{frame.end}\n" for role, text in turns)
-    return f"{frame.bos}{framed}{frame.start}{frame.assistant}\n"
+    framed = "".join(f"{frame.opening(role)}{text}{frame.end}\n" for role, text in turns)
+    return f"{frame.bos}{framed}{frame.opening(frame.assistant)}"
 
 
 def encode_prompt(

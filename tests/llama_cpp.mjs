@@ -3,6 +3,7 @@
 // request: {"models": [path], "texts": [string], "prompts": [[token]], "steps": number,
 //           "query": string, or null to skip "wrapper" and "chat", which take seconds}
 // result:  one object per model: {"tokens": tokens of each text, "greedy": tokens after each prompt,
+//          "confidence": the probability of each of them,
 //          "wrapper": node-llama-cpp's chat wrapper, "chat": the prompt it makes of the query, as in QMD}
 import fs from "node:fs";
 import {getLlama, LlamaLogLevel, resolveChatWrapper} from "node-llama-cpp";
@@ -26,16 +27,17 @@ function chatPrompt(model) {
 
 async function greedyTokens(sequence, prompt) {
     await sequence.clearHistory();
-    const found = [];
+    const found = [], confidences = [];
     let input = prompt;
     while (found.length < steps) {
-        const choose = {generateNext: {token: true, options: {temperature: 0}}};
+        const choose = {generateNext: {token: true, confidence: true, options: {temperature: 0}}};
         const output = await sequence.controlledEvaluate([...input.slice(0, -1), [input.at(-1), choose]]);
-        const {token} = output.at(-1).next;
+        const {token, confidence} = output.at(-1).next;
         found.push(token);
+        confidences.push(confidence);
         input = [token];
     }
-    return found;
+    return [found, confidences];
 }
 
 const results = [];
@@ -44,11 +46,14 @@ for (const modelPath of models) {
     // One thread: on a busy machine several would wait for each other.
     const context = await model.createContext({contextSize: 512, threads: 1});
     const sequence = context.getSequence();
-    const greedy = [];
-    for (const prompt of prompts)
-        greedy.push(await greedyTokens(sequence, prompt));
+    const greedy = [], confidence = [];
+    for (const prompt of prompts) {
+        const [found, confidences] = await greedyTokens(sequence, prompt);
+        greedy.push(found);
+        confidence.push(confidences);
+    }
     const tokens = texts.map((text) => model.tokenize(text, true));
-    results.push({tokens, greedy, ...chatPrompt(model)});
+    results.push({tokens, greedy, confidence, ...chatPrompt(model)});
     await model.dispose();
 }
 

@@ -17,9 +17,14 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
 from expander import model as models
-from expander.architectures import ARCHITECTURES, PROJECTIONS, select_projections
+from expander.architectures import (
+    ARCHITECTURES,
+    GRANITE_FACTORS,
+    PROJECTIONS,
+    select_projections,
+)
 from expander.config import load_config
-from expander.decode import generate
+from expander.decode import Sampler, generate
 from expander.model import ModelError
 from expander.prompt import encode_prompt, frame_of, render_prompt, user_message
 from expander.qmd import QMD_SYSTEM_PROMPT
@@ -27,11 +32,12 @@ from expander.rows import parse_row
 from expander.train.batches import Row, collate
 from expander.train.logps import completion_logps
 from expander.train.memory import Shape, estimate
-from expander.train.sft import completion_loss
+from expander.train.sft import completion_loss, validate
 
 ROOT = Path(__file__).parent.parent
 MAKE = {
     "smollm3": tiny.make_smollm3,
+    "granite": tiny.make_granite,
     "lfm2": tiny.make_lfm2,
     "gemma3": tiny.make_gemma3,
     "qwen35": tiny.make_qwen35,
@@ -122,11 +128,29 @@ def test_the_sft_loss_and_gradient_equal_those_of_single_rows(loaded):
         return completion_loss(model, *collate(rows))[0]
 
     def one_by_one(model):
-        return sum(completion_loss(model, *collate([row], total))[0] for row in rows)
+        logps = [own_logps(model, row.ids[: row.start], row.ids[row.start :]) for row in rows]
+        return -sum(x.sum() for x in logps) / total
 
     ours, expected = gradient(model, together), gradient(model, one_by_one)
     assert together(model).item() == pytest.approx(one_by_one(model).item(), rel=1e-5)
     assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
+    assert validate(model, rows, 2)[0] == pytest.approx(together(model).item(), rel=1e-5)
+
+
+def test_a_sampler_reads_the_models_own_logits(loaded):
+    """Temperature and penalties depend on their scale, the greedy choice does not."""
+    model, _, prompts = loaded
+    seen = []
+
+    class Recorder(Sampler):
+        def __call__(self, logits, state):
+            seen.append(logits[0])
+            return super().__call__(logits, state)
+
+    (completion,) = generate(model, prompts[:1], max_tokens=4, end=-1, sampler=Recorder())
+    logits = model(mx.array([prompts[0] + completion.tokens]))[0, len(prompts[0]) - 1 :]
+    for found, expected in zip(seen[:4], logits, strict=False):
+        assert mx.allclose(found, expected, rtol=0, atol=1e-4 * mx.abs(expected).max().item())
 
 
 def test_the_memory_estimate_counts_its_matrices_and_adapter(folder):
@@ -318,3 +342,53 @@ def test_without_the_keys_every_fourth_layer_of_smollm3_has_no_rope(tmp_path):
     ):
         tiny.configure(folder, *missing, **changes)
         assert mx.array_equal(models.load_base(folder)(tokens), expected)
+
+
+# Granite's factors
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_head_of_granite_divides_its_logits(tied, tmp_path):
+    model = models.load_base(tiny.make_granite(tmp_path / "base", tied=tied))
+    modules = ["embed_tokens", "lm_head"]
+    models.add_lora(model, models.lora_config(model, 4, 8.0, 0.0, PROJECTIONS, modules))
+    prompt, completion = [5, 100, 200], [17, 300, 45]
+
+    def ours(model):
+        return completion_logps(model, [prompt], [completion], 1.0)[0].sum()
+
+    def own(model):
+        return own_logps(model, prompt, completion).sum()
+
+    assert ours(model).item() == pytest.approx(own(model).item(), rel=1e-5)
+    found, expected = gradient(model, ours), gradient(model, own)
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits_scaling": 0}, "logits_scaling is 0, expected a number above 0"),
+        ({"embedding_multiplier": "12"}, "embedding_multiplier is '12'"),
+        ({"attention_multiplier": -0.5}, "attention_multiplier is -0.5"),
+        ({"residual_multiplier": True}, "residual_multiplier is True"),
+        ({"mlp_bias": 1}, "mlp_bias is 1"),
+        ({"head_dim": 32}, "head_dim 32"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "'llama3' is not supported"),
+    ],
+)
+def test_settings_of_granite_that_are_not_computed_alike(changes, message, tmp_path):
+    folder = tiny.configure(tiny.make_granite(tmp_path / "base"), **changes)
+    with pytest.raises(ModelError, match=message):
+        models.model_config(folder)
+
+
+def test_transformers_defaults_of_granite(tmp_path):
+    """mlx-lm needs keys that transformers may leave out."""
+    folder = tiny.make_granite(tmp_path / "base")
+    tokens = mx.array([[5, 100, 5, 200, 7]])
+    tiny.configure(folder, **dict.fromkeys(GRANITE_FACTORS, 1.0))
+    expected = models.load_base(folder)(tokens)
+    missing = (*GRANITE_FACTORS[:2], "attention_bias")
+    tiny.configure(folder, *missing, residual_multiplier=None, logits_scaling=1, mlp_bias=None)
+    assert mx.array_equal(models.load_base(folder)(tokens), expected)

@@ -98,6 +98,7 @@ BASES = {
     "untied": lambda folder: tiny.make_qwen3(folder, tied=False, hidden=32, seed=41),
     "llama": lambda folder: tiny.make_llama(folder, seed=4),
     "smollm3": lambda folder: tiny.make_smollm3(folder, seed=312),
+    "granite": lambda folder: tiny.make_granite(folder, seed=129),
     "lfm2": lambda folder: tiny.make_lfm2(folder, seed=37),
     "gemma3": lambda folder: tiny.make_gemma3(folder, seed=1),
     "qwen35": lambda folder: tiny.make_qwen35(folder, seed=0),
@@ -150,6 +151,16 @@ VARIANTS = {
         "yarn": ([], {"rope_scaling": YARN}, {"rope_scaling": None}),
         "untied": (["tie_word_embeddings"], {}, {"tie_word_embeddings": True}),
     },
+    "granite": {
+        "rope_parameters": (["rope_theta"], {"rope_parameters": PLAIN}, {"rope_theta": 10000000}),
+        "linear": ([], {"rope_parameters": LINEAR}, {"rope_parameters": None}),
+        "yarn": ([], {"rope_scaling": YARN}, {"rope_scaling": None}),
+        "untied": (["tie_word_embeddings"], {}, {"tie_word_embeddings": True}),
+        "embeddings": ([], {"embedding_multiplier": 12}, {"embedding_multiplier": 1}),
+        "attention": (["attention_multiplier"], {}, {"attention_multiplier": 0.25}),
+        "residual": (["residual_multiplier"], {}, {"residual_multiplier": 0.2}),
+        "biases": ([], {}, {}),
+    },
     "qwen2": {
         "rope_parameters": (["rope_theta"], {"rope_parameters": PLAIN}, {"rope_theta": 1000000}),
         "linear": ([], {"rope_parameters": LINEAR}, {"rope_parameters": None}),
@@ -169,6 +180,7 @@ def make_variant(folder: Path, kind: str, name: str) -> Path:
     make = {
         "llama": tiny.make_llama,
         "smollm3": tiny.make_smollm3,
+        "granite": tiny.make_granite,
         "qwen2": tiny.make_qwen2,
         "qwen3": tiny.make_qwen3,
     }[kind]
@@ -224,6 +236,18 @@ class TestLlamaCpp:
         folder, (found, _), ids = exported
         model, _ = models.load_chain(read_chain(str(folder)), fuse_last=True)
         assert found["greedy"] == [mlx(model, prompt) for prompt in ids]
+
+    def test_probabilities_equal_mlxs(self, exported):
+        """A factor of the logits changes no greedy token."""
+        folder, (found, _), ids = exported
+        model, _ = models.load_chain(read_chain(str(folder)), fuse_last=True)
+        for prompt, answer, confidence in zip(
+            ids, found["greedy"], found["confidence"], strict=True
+        ):
+            logits = model(mx.array([prompt + answer]))[0, len(prompt) - 1 : -1]  # (T, V)
+            chosen = mx.take_along_axis(logits, mx.array(answer)[:, None], axis=-1)[:, 0]
+            logps = chosen - mx.logsumexp(logits, axis=-1)
+            assert mx.allclose(logps, mx.log(mx.array(confidence)), rtol=0, atol=0.05)
 
     def test_without_the_last_adapter_they_differ(self, exported):
         """The test above would fail for a file of the SFT model."""

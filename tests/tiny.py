@@ -8,6 +8,7 @@ The same arguments give the same bytes in every run.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,6 +68,17 @@ SMOLLM3_SPECIAL = [
     "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>",
     "<|reserved_special_token_2|>", "<|im_start|>", "<|im_end|>", "<tool_response>",
     "</tool_response>", "<tool_call>", "</tool_call>", "<code>", "</code>",
+]
+# Granite 3's: those of StarCoder, ids 0 to 18, and those after the merges.
+GRANITE_SPECIAL = [
+    "<|end_of_text|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>", "<fim_pad>", "<filename>",
+    "<gh_stars>", "<issue_start>", "<issue_comment>", "<issue_closed>", "<jupyter_start>",
+    "<jupyter_text>", "<jupyter_code>", "<jupyter_output>", "<empty_output>", "<commit_before>",
+    "<commit_msg>", "<commit_after>", "<reponame>",
+]
+GRANITE_ROLES = [
+    "<|start_of_role|>", "<|end_of_role|>", "<|tool_call|>", "<|start_of_cite|>",
+    "<|end_of_cite|>", "<|start_of_plugin|>", "<|end_of_plugin|>",
 ]
 # LFM2's, ids 0 to 13.
 LFM2_SPECIAL = [
@@ -323,6 +335,67 @@ def make_smollm3(
         "temperature": 0.6,
         "top_p": 0.95,
     }
+    weights = _weights(config | {"head_dim": hidden // heads}, head_norms=False, seed=seed)
+    return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
+
+
+def make_granite(
+    folder: Path,
+    *,
+    tied: bool = True,
+    hidden: int = 64,
+    layers: int = 2,
+    heads: int = 4,
+    kv_heads: int = 2,
+    ffn: int = 128,
+    seed: int = 0,
+) -> Path:
+    """Write a random float32 Granite 3 into `folder` and return it."""
+    tokenizer = granite_tokenizer()
+    config = {
+        "architectures": ["GraniteForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "attention_multiplier": 0.125,
+        "bos_token_id": 0,
+        "embedding_multiplier": 12.0,
+        "eos_token_id": 0,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": ffn,
+        "logits_scaling": 10.0,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "granite",
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": 0,
+        "residual_multiplier": 1.75,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 10000000.0,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+        "use_cache": True,
+        "vocab_size": tokenizer.get_vocab_size(),
+    }
+    tokenizer_config = {
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "bos_token": "<|end_of_text|>",
+        "clean_up_tokenization_spaces": True,
+        "eos_token": "<|end_of_text|>",
+        "errors": "replace",
+        "model_max_length": 9223372036854775807,
+        "pad_token": "<|end_of_text|>",
+        "padding_side": "left",
+        "tokenizer_class": "GPT2Tokenizer",
+        "unk_token": "<|end_of_text|>",
+        "vocab_size": 49152,
+    }
+    generation_config = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     weights = _weights(config | {"head_dim": hidden // heads}, head_norms=False, seed=seed)
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
@@ -680,7 +753,7 @@ def qwen_tokenizer(full_vocab: bool = False, split: str = QWEN_SPLIT) -> Tokeniz
     return tokenizer
 
 
-def llama_tokenizer() -> Tokenizer:
+def llama_tokenizer(special: Sequence[str] = LLAMA_SPECIAL) -> Tokenizer:
     """A tokenizer in SmolLM2's layout: special tokens first, every digit split off, no NFC."""
     tokenizer = Tokenizer(BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -690,7 +763,14 @@ def llama_tokenizer() -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    _train(tokenizer, special=LLAMA_SPECIAL)
+    _train(tokenizer, special=special)
+    return tokenizer
+
+
+def granite_tokenizer() -> Tokenizer:
+    """A tokenizer in Granite 3's layout: SmolLM2's, with the tokens of roles after the merges."""
+    tokenizer = llama_tokenizer(GRANITE_SPECIAL)
+    tokenizer.add_special_tokens([AddedToken(t, normalized=False) for t in GRANITE_ROLES])
     return tokenizer
 
 
@@ -774,10 +854,10 @@ def gemma_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def _train(tokenizer: Tokenizer, special: list[str]) -> None:
+def _train(tokenizer: Tokenizer, special: Sequence[str]) -> None:
     trainer = trainers.BpeTrainer(
         vocab_size=512,
-        special_tokens=special,
+        special_tokens=list(special),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )

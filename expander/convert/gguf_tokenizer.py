@@ -64,6 +64,7 @@ PROBES = [
     "foo_bar.baz()", "https://example.com/a?b=c&d=%20", "user@example.org", "/only:lex",
     "/no_think Expand this search query: auth config", "hyde: a\nlex: b\nvec: c\n",
     "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>", "<|im_end", "<|endoftext|>",
+    "<|start_of_role|>user<|end_of_role|>hi<|end_of_text|>\n<|start_of_role|>assistant<|end_of_role|>",
     "x<think>y</think>z", "[PAD3]", "naïve café", "Ünïcödé", "straße", "Привет, мир", "你好，世界",
     "日本語の検索", "안녕하세요", "مرحبا بالعالم", "नमस्ते", "ไทย", "👍🏽 👩‍👩‍👧 🇩🇪", "a\u00a0b\u2003c\u200bd", "—“”…",
     "\u0000\u0007\u007f", "\ufeffbom", "ǅ ﬁ ﷽",
@@ -120,7 +121,7 @@ def read_tokenizer(
             f"{path}: llama.cpp has no equivalent for its pre-tokenizer; "
             f"supported: {', '.join(PRE_TOKENIZERS)}"
         )
-    needed = filter(None, (frame.start, frame.end, frame.bos))
+    needed = filter(None, (frame.start, frame.after_role.strip(), frame.end, frame.bos))
     if missing := [token for token in needed if token not in ids]:
         raise ValueError(f"{path}: no {missing[0]} token, which the model's chat needs")
     if max(ids.values()) >= size:

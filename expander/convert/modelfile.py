@@ -67,17 +67,18 @@ def go_template(frame: Frame) -> str:
     has no BOS either, which llama.cpp adds if the file says so.
     """
     if frame.system_role and frame.assistant == "assistant":
-        turns = f"{{{{- range .Messages }}}}{frame.start}{{{{ .Role }}}}\n{{{{ .Content }}}}{frame.end}\n"
+        opening = frame.opening("{{ .Role }}")
+        turns = f"{{{{- range .Messages }}}}{opening}{{{{ .Content }}}}{frame.end}\n"
     else:
         turns = (
             '{{- $system := "" }}{{ range .Messages }}'
             '{{ if eq .Role "system" }}{{ $system = .Content }}'
-            f'{{{{ else if eq .Role "assistant" }}}}{frame.start}{frame.assistant}\n'
+            f'{{{{ else if eq .Role "assistant" }}}}{frame.opening(frame.assistant)}'
             f"{{{{ .Content }}}}{frame.end}\n"
-            f"{{{{ else }}}}{frame.start}user\n{{{{ if $system }}}}{{{{ $system }}}}\n\n"
+            f"{{{{ else }}}}{frame.opening('user')}{{{{ if $system }}}}{{{{ $system }}}}\n\n"
             f'{{{{ $system = "" }}}}{{{{ end }}}}{{{{ .Content }}}}{frame.end}\n{{{{ end }}}}'
         )
-    return f"{turns}{{{{ end }}}}{frame.start}{frame.assistant}\n"
+    return f"{turns}{{{{ end }}}}{frame.opening(frame.assistant)}"
 
 
 def parameters(frame: Frame) -> dict[str, object]:
