@@ -11,7 +11,7 @@ demo=outputs/demo
 base=$demo/SmolLM2-135M-Instruct
 mkdir -p $demo
 
-step "packages (about a minute)"
+step "packages (half a minute)"
 . examples/setup_venv.sh
 setup_venv requirements.txt
 . examples/fast_blas.sh
@@ -28,23 +28,23 @@ train() { # stage; resumes an interrupted run
         "$python" train.py "$1" --config "examples/demo/$1.yaml" --overwrite
     fi
 }
-step "SFT: 52 steps (about three minutes)"
+step "SFT: 44 steps (two minutes)"
 train sft
-step "GRPO: 4 steps (about three minutes)"
+step "GRPO: 4 steps (two and a half minutes)"
 train grpo
 
-# Every fourth evaluation query, so that all categories occur; none is in the training rows.
-awk '/^#/ { print; next } NF && ++n % 4 == 1' evals/queries.txt >$demo/queries.txt
-evaluate() { # name model queries
+# Every sixth evaluation query, so that all categories occur; none is in the training rows.
+awk '/^#/ { print; next } NF && ++n % 6 == 1' evals/queries.txt >$demo/queries.txt
+evaluate() { # name model queries tokens
     if [ ! "$demo/$1.json" -nt "$2" ]; then
-        step "evaluating $1 on $3 queries and $3 searches (about a minute)"
-        "$python" eval.py --model "$2" --queries $demo/queries.txt --max-new-tokens 100 \
-            --retrieval --max-queries "$3" -o "$demo/$1.json" >"$demo/$1.txt"
+        step "evaluating $1 on $3 queries and $3 searches (less than a minute)"
+        "$python" eval.py --model "$2" --queries $demo/queries.txt --max-queries "$3" \
+            --max-new-tokens "$4" --retrieval -o "$demo/$1.json" >"$demo/$1.txt"
     fi
 }
-evaluate base $base 12 # it does not know the format, so every answer is as long as allowed
-evaluate SFT $demo/sft 45
-evaluate GRPO $demo/grpo 45
+evaluate base $base 12 60 # it does not know the format, so every answer is as long as allowed
+evaluate SFT $demo/sft 30 100
+evaluate GRPO $demo/grpo 30 100
 
 step "GGUF"
 "$python" convert.py --model $demo/grpo --output $demo/gguf --name demo --quantize f16 q8_0
