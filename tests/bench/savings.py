@@ -1,61 +1,84 @@
-"""What each saving of `train.py grpo` is worth: one step with all of them, without each, without any.
+"""What each saving of `train.py grpo` is worth: a step with all of them, without each, without any.
 
-By hand: python -m tests.bench.savings --model outputs/sft [--rounds 3 | --profile]
+By hand: python -m tests.bench.savings --model outputs/sft
 
 4 prompts x 8 completions of at most 64 tokens, from the SFT adapter with a fresh LoRA over it, as at a
 run's first step. A saving is switched off by patching the function that makes it:
 
     fast exponential       off: MLX's own exp in SwiGLU and over the vocabulary
     prompts prefilled once off: every row of the rollout prefills its prompt
-    decoding pipelined     off: a token is waited for before Python goes on
-    LoRA made ready        off: rollouts scale and cast its matrices at every token
-    no reference pass      off: computed although the new adapter is zero (step 1 only)
+    LoRA made ready        off: rollouts scale (and cast) its matrices at every token
     prompts computed once  off: every row of the update computes its prompt
+    no reference pass      off: computed although the new adapter is zero (step 1 only)
     rows sorted            off: packed into micro-batches in the order of sampling
     rows packed, sorted    off: training.batch_size rows per micro-batch, in the order of sampling
-    update pipelined       off: a micro-batch is waited for before the next is built
+    next one built first   off: Python builds a token's or a micro-batch's graph while the device waits
 
-The variants take turns. Rollouts must have the same tokens; updates all get the same rollouts, and
-their gradients must agree to 1e-4 of the norm. A saving that cannot change the rollout (or the
-update) is not measured there, nor are micro-batches that come out the same; `--rounds 0` only counts
-their tokens. The ratios are medians over the rounds, without the saving to with all of them. CPU
-seconds count all threads, so that other load on the machine hardly counts; set OPENBLAS_NUM_THREADS=1.
-`--profile` prints instead where the CPU time goes, without and with all savings; there, every part
-is waited for before the next begins.
+The variants take turns, because other load on the machine changes the speed from minute to minute: at
+every decoding step of one rollout, and at every micro-batch measured. The rollout that they share must
+have the tokens of one with all savings; every variant's gradient must agree with that of all savings to
+1e-4 of its norm. The tables are made of medians: a rollout is its prefill and as many steps as the
+longest completion has tokens, an update is its number of micro-batches, of which every --every-th is
+measured. Seconds are those of the CPU, of all threads; set
+OPENBLAS_NUM_THREADS=1. Sorted and packed rows count in tokens that the update computes, with padding
+and prompts. What is built first counts in the CPU seconds of the main thread: with a free core, that is
+the time for which the device would wait.
 """
 
 import argparse
+import itertools
 import os
 import statistics
 import sys
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from unittest.mock import patch
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.activations import swiglu
 
 from expander import decode, fast_exp
 from expander import model as models
 from expander.config import Config, load_config
-from expander.train import grpo, logps, rollout
-from expander.train.inputs import Prompt, encode_prompts, read_rows
+from expander.decode import Batch, Sampler, TemperatureSampler
+from expander.lora import lora_layers
+from expander.train import logps, rollout
+from expander.train.grpo import batch_loss
+from expander.train.inputs import encode_prompts, read_rows
 from expander.train.optim import AdamW
-from expander.train.rollout import Rollout, computed_tokens
+from expander.train.rewards import set_rewards
+from expander.train.rollout import (
+    Rollout,
+    active_tokens,
+    batch_share,
+    computed_tokens,
+    rank_batches,
+    sample,
+    set_advantages,
+    set_logps,
+)
 
 PROMPTS, GROUP = 4, 8
 TOLERANCE = 1e-4
-ROLLOUT, UPDATE = "rollout", "update"
 
-add, completion_states, fill = decode.Batch.add, logps.completion_states, rollout._fill
+ON, OFF = "all on", "all off"
+EXP, PREFILL, READY = "fast exponential", "prompts prefilled once", "LoRA made ready"
+SHARED, REFERENCE = "prompts computed once", "no reference pass"
+SORTED, PACKED = "rows sorted", "rows packed, sorted"
+# Which variants can differ in a part.
+PREFILLS, STEPS = (ON, EXP, READY, PREFILL, OFF), (ON, EXP, READY, OFF)
+PASSES, REFERENCES = (ON, EXP, SHARED, OFF), (ON, OFF)
+
+add, step, completion_states = Batch.add, Batch.step, logps.completion_states
+draw, fill = TemperatureSampler.__call__, rollout._fill
 
 
-def add_each(batch, rows, prompts, copies) -> None:
+def add_each(batch: Batch, rows, prompts, copies) -> None:
     """`Batch.add` that runs a prompt for every row."""
     repeated = [ids for ids, count in zip(prompts, copies, strict=True) for _ in range(count)]
     add(batch, rows, repeated, [1] * len(repeated))
@@ -71,45 +94,6 @@ def in_order(rollouts: Sequence[Rollout], tokens: int, rows: int) -> list[list[R
     return [list(rollouts[first : first + rows]) for first in range(0, len(rollouts), rows)]
 
 
-@dataclass(frozen=True)
-class Saving:
-    """What to patch, (owner, name, replacement), to do without; and the parts that it can change."""
-
-    patches: Sequence[tuple]
-    parts: Sequence[str]
-
-
-def savings(rows: int) -> dict[str, Saving]:
-    """By name. Of two that patch the same, the later one takes away more."""
-    slow = [(fast_exp, "is_wanted", lambda: False), (fast_exp, "swiglu", swiglu)]
-    unready = (rollout, "adapters_ready", lambda model: nullcontext())
-    unsorted = (rollout, "micro_batches", fill)
-    unpacked = (rollout, "micro_batches", partial(in_order, rows=rows))
-    synchronous = (mx, "async_eval", mx.eval)
-    return {
-        "fast exponential": Saving(slow, (ROLLOUT, UPDATE)),
-        "prompts prefilled once": Saving([(decode.Batch, "add", add_each)], (ROLLOUT,)),
-        "decoding pipelined": Saving([synchronous], (ROLLOUT,)),
-        "LoRA made ready": Saving([unready], (ROLLOUT,)),
-        "no reference pass": Saving([(grpo, "adapters_are_zero", lambda model: False)], (UPDATE,)),
-        "prompts computed once": Saving([(logps, "completion_states", states_of_each)], (UPDATE,)),
-        "rows sorted": Saving([unsorted], (UPDATE,)),
-        "rows packed, sorted": Saving([unpacked], (UPDATE,)),
-        "update pipelined": Saving([synchronous], (UPDATE,)),
-    }
-
-
-@contextmanager
-def without(chosen: Sequence[Saving], part: str) -> Iterator[None]:
-    """Do without these savings in a part."""
-    with ExitStack() as stack:
-        for saving in chosen:
-            if part in saving.parts:
-                for owner, name, replacement in saving.patches:
-                    stack.enter_context(patch.object(owner, name, replacement))
-        yield
-
-
 def add_fresh_lora(model, config: Config) -> None:
     lora = config.lora
     mx.random.seed(config.training.seed)
@@ -118,212 +102,214 @@ def add_fresh_lora(model, config: Config) -> None:
     )
 
 
-class Step:
-    """A GRPO step with a fresh adapter, from the same start again and again."""
+class Turns:
+    """The CPU seconds of each part by variant, of which several take turns."""
 
-    def __init__(self, config: Config, model, tokenizer, prompts: Sequence[Prompt], end: int):
-        self.config, self.model, self.tokenizer = config, model, tokenizer
-        self.prompts, self.end = prompts, end
-        add_fresh_lora(model, config)
-        self.initial = models.adapter_weights(model)
-        mx.eval(self.initial)
-
-    def sample(self) -> list[Rollout]:
-        return grpo.sample(
-            self.model, self.tokenizer, self.prompts, self.config, step=0, end=self.end
-        )
-
-    def score(self, rollouts: list[Rollout]) -> None:
-        grpo.set_rewards(rollouts, self.config.grpo)
-        settings = self.config.grpo
-        grpo.set_advantages(rollouts, settings.num_generations, settings.scale_rewards)
-
-    def refer(self, rollouts: list[Rollout]) -> list[list[Rollout]]:
-        """The micro-batches, and the reference pass if it is needed."""
-        for r in rollouts:
-            r.ref_logps = None
-        batches = grpo.rank_batches(rollouts, self.config)
-        if not grpo.adapters_are_zero(self.model):
-            with grpo.adapters_off(self.model):
-                grpo.set_logps(self.model, batches, self.config.generation.temperature, "ref_logps")
-        return batches
-
-    def update(self, batches: list[list[Rollout]], rollouts: list[Rollout]) -> mx.array:
-        """One optimiser step, undone; returns its gradient."""
-        gradients = []
-
-        def keep(*arguments):
-            gradient, sums = policy_gradient(*arguments)
-            gradients.extend(value.flatten() for _, value in tree_flatten(gradient))
-            return gradient, sums
-
-        policy_gradient = grpo.policy_gradient
-        optimizer = AdamW(self.config.training, 1)
-        optimizer.init(self.model.trainable_parameters())
-        with patch.object(grpo, "policy_gradient", keep):
-            grpo.update(self.model, optimizer, batches, rollouts, self.config)
-        self.model.load_weights(list(self.initial.items()), strict=False)
-        return mx.concatenate(gradients)
-
-
-def measured(run: Callable[[], object]) -> tuple[object, dict[str, float]]:
-    """The result of `run`, with its CPU and wall seconds and peak memory in GB."""
-    mx.clear_cache()
-    mx.reset_peak_memory()
-    cpu, wall = time.process_time(), time.perf_counter()
-    result = run()
-    mx.synchronize()
-    seconds = {"CPU": time.process_time() - cpu, "wall": time.perf_counter() - wall}
-    return result, seconds | {"peak": mx.get_peak_memory() / 1e9}
-
-
-def compare(step: Step, rounds: int) -> None:
-    every = savings(step.config.training.batch_size)
-    variants = {"all on": [], **{name: [saving] for name, saving in every.items()}}
-    variants["all off"] = list(every.values())
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    gradient, apart = None, {}
-    rollouts = step.sample()  # a warm-up as well
-    step.score(rollouts)
-    lengths = sorted(len(r.tokens) for r in rollouts)
-    print(f"{sum(lengths)} tokens, completions of {lengths[0]} to {lengths[-1]}")
-    print("tokens that the update computes, with padding and prompts:")
-    batched = {}
-    for name in ("all on", "rows sorted", "rows packed, sorted"):
-        with without(variants[name], UPDATE):
-            batches = grpo.rank_batches(rollouts, step.config)
-        batched[name] = computed_tokens(batches), len(batches)
-        title = name if name == "all on" else f"without {name}"
-        print(f"  {title}: {batched[name][0]} in {batched[name][1]} micro-batches", flush=True)
-        if name != "all on" and batched[name] == batched["all on"]:
-            del variants[name]
-
-    def refer_and_update() -> mx.array:
-        return step.update(step.refer(rollouts), rollouts)
-
-    for _ in range(rounds):
-        for part in (ROLLOUT, UPDATE):
-            for name, chosen in variants.items():
-                if chosen and not any(part in saving.parts for saving in chosen):
-                    continue
-                with without(chosen, part):
-                    run = step.sample if part == ROLLOUT else refer_and_update
-                    result, figures = measured(run)
-                found.setdefault((name, part), []).append(figures)
-                seconds = "  ".join(f"{kind} {figure:.2f}" for kind, figure in figures.items())
-                print(f"{part:8}{name:24}{seconds}", flush=True)
-                if part == ROLLOUT:
-                    same = [r.tokens for r in result] == [r.tokens for r in rollouts]
-                    assert same, f"{name}: other completions"
-                    continue
-                if gradient is None:
-                    gradient = result
-                distance = mx.linalg.norm(result - gradient) / mx.linalg.norm(gradient)
-                apart[name] = max(distance.item(), apart.get(name, 0.0))
-                assert apart[name] < TOLERANCE, f"{name}: gradients {apart[name]:.1e} apart"
-        print_ratios(list(variants), found, apart)
-
-
-def print_ratios(names: Sequence[str], found: dict, apart: dict[str, float]) -> None:
-    def values(name: str, kind: str) -> list[list[float]]:
-        """By part, each round's figure; that of "all on" where the variant was not measured."""
-        parts = (ROLLOUT, UPDATE)
-        rows = [found.get((name, part), found["all on", part]) for part in parts]
-        return [[figures[kind] for figures in row] for row in rows]
-
-    def totals(name: str, kind: str) -> list[list[float]]:
-        parts = values(name, kind)
-        return [*parts, [sum(pair) for pair in zip(*parts, strict=True)]]
-
-    print(
-        "\nwithout : with all       CPU: rollout update  step   wall: rollout update  step", end=""
-    )
-    print("   peak GB: rollout update  gradient apart")
-    for name in names:
-        cells = []
-        for kind in ("CPU", "wall"):
-            for off, on in zip(totals(name, kind), totals("all on", kind), strict=True):
-                cells.append(statistics.median(a / b for a, b in zip(off, on, strict=True)))
-        peaks = [max(peak) for peak in values(name, "peak")]
-        row = "".join(f"{cell:8.3f}" for cell in cells) + "".join(f"{peak:8.2f}" for peak in peaks)
-        print(f"{name:24}{row}  {apart[name]:.1e}" if name in apart else f"{name:24}{row}")
-    for name in ("all on", "all off"):
-        seconds = [[statistics.median(x) for x in totals(name, kind)] for kind in ("CPU", "wall")]
-        print(name, *(f"{x:.1f}" for x in seconds[0]), "s of CPU;", end=" ")
-        print(*(f"{x:.1f}" for x in seconds[1]), "s")
-
-
-class Profile:
-    """CPU seconds by part; a part inside another does not count for the outer one."""
-
-    def __init__(self):
-        self.seconds: Counter[str] = Counter()
-        self.current, self.since = None, 0.0
-
-    def _switch(self, name: str | None) -> None:
-        now = time.process_time()
-        if self.current:
-            self.seconds[self.current] += now - self.since
-        self.current, self.since = name, now
+    def __init__(self, model: nn.Module):
+        self.model, self.layers = model, lora_layers(model)
+        self.seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+        self.python: dict[str, list[float]] = defaultdict(list)  # of the main thread, with all on
+        self.peaks: dict[tuple[str, str], float] = defaultdict(float)  # GB
 
     @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        outer = self.current
-        self._switch(name)
-        try:
+    def without(self, name: str) -> Iterator[None]:
+        """Do without a saving, or without any."""
+        with ExitStack() as stack:
+            if name in (EXP, OFF):
+                stack.enter_context(patch.object(fast_exp, "is_wanted", lambda: False))
+                stack.enter_context(patch.object(fast_exp, "swiglu", swiglu))
+            if name in (SHARED, OFF):
+                stack.enter_context(patch.object(logps, "completion_states", states_of_each))
             yield
-        finally:
+
+    @contextmanager
+    def unready(self, name: str) -> Iterator[None]:
+        """In a rollout, put LoRA's own layers back for the variants without ready ones."""
+        if name not in (READY, OFF):
+            yield
+            return
+        modules = dict(self.model.named_modules())
+        now = [(layer, modules[layer]) for layer, _ in self.layers]
+        with models._replaced(self.model, now, [layer for _, layer in self.layers]):
+            yield
+
+    def measure(self, part: str, name: str, run: Callable[[], object]):
+        """The evaluated result of `run` without a saving."""
+        with self.without(name):
             mx.synchronize()
-            self._switch(outer)
+            mx.reset_peak_memory()
+            cpu, python = time.process_time(), time.thread_time()
+            result = run()
+            mx.eval(result)
+            self.seconds[part, name].append(time.process_time() - cpu)
+            if name == ON:
+                self.python[part].append(time.thread_time() - python)
+            self.peaks[part, name] = max(self.peaks[part, name], mx.get_peak_memory() / 1e9)
+        return result
 
-    def watched(self, owner, name: str, part: str):
-        """Patch a function, so that it is this part."""
-        call = getattr(owner, name)
-
-        def wrapped(*arguments):
-            mx.eval([value for value in arguments if isinstance(value, mx.array)])
-            with self.part(part):
-                result = call(*arguments)
-                mx.eval([value for value in result or () if not isinstance(value, dict)])
-            return result
-
-        return patch.object(owner, name, wrapped)
+    def median(self, part: str, name: str) -> float:
+        """Of all on, if the variant cannot differ."""
+        return statistics.median(self.seconds.get((part, name)) or self.seconds[part, ON])
 
 
-def profile(step: Step) -> None:
-    """Print the share of each part in the CPU time of a step, with all savings and without any."""
-    shares = {}
-    for title, chosen in (
-        ("all off", list(savings(step.config.training.batch_size).values())),
-        ("all on", []),
+def sample_in_turns(turns: Turns, run: Callable[[], list[Rollout]]) -> list[Rollout]:
+    """A rollout in which the variants take turns, a decoding step each."""
+    names = itertools.cycle(STEPS)
+
+    def add_in_turns(batch: Batch, rows, prompts, copies) -> None:
+        for name in PREFILLS * 2:
+
+            def prefill(add=add_each if name in (PREFILL, OFF) else add) -> mx.array:
+                scratch = Batch(batch.model, Sampler())
+                add(scratch, rows, prompts, copies)
+                return scratch.tokens
+
+            with turns.unready(name):
+                turns.measure("prefill", name, prefill)
+        add(batch, rows, prompts, copies)
+        mx.eval(batch.tokens, batch.state)
+
+    def step_in_turns(batch: Batch) -> None:
+        name = next(names)
+
+        def timed_draw(sampler, logits, state):
+            mx.eval(logits)
+            started = time.process_time()
+            tokens, state = draw(sampler, logits, state)
+            mx.eval(tokens, state)
+            turns.seconds["sampling", name].append(time.process_time() - started)
+            return tokens, state
+
+        def run_step() -> list:
+            step(batch)
+            return [batch.tokens, batch.state]
+
+        with turns.unready(name), patch.object(TemperatureSampler, "__call__", timed_draw):
+            turns.measure("step", name, run_step)
+
+    with (
+        patch.object(decode.Batch, "add", add_in_turns),
+        patch.object(decode.Batch, "step", step_in_turns),
     ):
-        clock = Profile()
-        with (
-            without(chosen, ROLLOUT),
-            clock.part("decoding"),
-            clock.watched(decode.Batch, "add", "prefill"),
-            clock.watched(decode.TemperatureSampler, "__call__", "sampling"),
-        ):
-            rollouts = step.sample()
-        with clock.part("reward"):
-            step.score(rollouts)
-        with without(chosen, UPDATE):
-            with clock.part("reference pass"):
-                batches = step.refer(rollouts)
-            with (
-                clock.watched(grpo, "policy_gradient", "forward and backward"),
-                clock.part("optimizer"),
-            ):
-                step.update(batches, rollouts)
-        shares[title] = clock.seconds
-        print(title, dict(clock.seconds), flush=True)
-    print(f"\n{'':22}{'all off':>18}{'all on':>18}  s of CPU and share")
-    totals = {title: sum(seconds.values()) for title, seconds in shares.items()}
-    parts = ["prefill", "decoding", "sampling", "reward", "reference pass"]
-    for part in [*parts, "forward and backward", "optimizer"]:
-        cells = [(seconds[part], seconds[part] / totals[t]) for t, seconds in shares.items()]
-        print(f"{part:22}" + "".join(f"{s:10.2f} {100 * share:5.1f} %" for s, share in cells))
-    print(f"{'step':22}" + "".join(f"{total:10.2f}{'':8}" for total in totals.values()))
+        return run()
+
+
+def update_in_turns(
+    turns: Turns, batches: list[list[Rollout]], rollouts: list[Rollout], config: Config, every: int
+) -> float:
+    """Measure the passes of some micro-batches and the optimiser; the largest distance of gradients."""
+    model, settings, temperature = turns.model, config.grpo, config.generation.temperature
+    value_and_grad = nn.value_and_grad(model, partial(batch_loss, model))
+    active = active_tokens(rollouts, settings.mask_truncated)
+    largest = 0.0
+    model.train()
+    mx.eval(value_and_grad(batches[0], settings, temperature, active, 1.0)[1])  # a warm-up
+    for batch in batches[::every]:
+        share = batch_share(batch, rollouts, settings.loss_type, settings.mask_truncated)
+
+        def gradient(name: str, batch=batch, share=share) -> mx.array:
+            def run() -> list:
+                (_, stats), part = value_and_grad(batch, settings, temperature, active, share)
+                return [stats, part]
+
+            return turns.measure("passes", name, run)[1]
+
+        def reference(batch=batch) -> list:
+            with models.adapters_off(model):
+                set_logps(model, [batch], temperature, "ref_logps")
+            return []
+
+        found = {name: gradient(name) for name in PASSES if name != OFF}
+        for name in REFERENCES:
+            turns.measure("reference", name, reference)
+        found[OFF] = gradient(OFF)  # with the reference
+        for r in batch:
+            r.ref_logps = None
+        flat = {
+            name: mx.concatenate([value.flatten() for _, value in tree_flatten(part)])
+            for name, part in found.items()
+        }
+        for name, value in flat.items():
+            apart = (mx.linalg.norm(value - flat[ON]) / mx.linalg.norm(flat[ON])).item()
+            assert apart < TOLERANCE, f"{name}: gradients {apart:.1e} apart"
+            largest = max(largest, apart)
+        print(f"  a micro-batch of {len(batch)}: gradients up to {largest:.1e} apart", flush=True)
+    optimizer = AdamW(config.training, 10)
+    optimizer.init(model.trainable_parameters())
+
+    def apply() -> list:
+        optimizer.update(model, found[ON])
+        return [model.trainable_parameters(), optimizer.state]
+
+    for _ in range(3):
+        turns.measure("optimizer", ON, apply)
+    return largest
+
+
+def count_batches(rollouts: list[Rollout], config: Config) -> tuple[list[list[Rollout]], dict]:
+    """The micro-batches, and what each way to make them computes: (tokens, micro-batches)."""
+    counts, batches = {}, rank_batches(rollouts, config)
+    rows = config.training.batch_size
+    ways = {ON: rollout.micro_batches, SORTED: fill, PACKED: partial(in_order, rows=rows)}
+    for name, way in ways.items():
+        with patch.object(rollout, "micro_batches", way):
+            made = rank_batches(rollouts, config)
+        counts[name] = computed_tokens(made), len(made)
+        title = name if name == ON else f"without {name}"
+        print(f"  {title}: {counts[name][0]} tokens in {len(made)} micro-batches", flush=True)
+    return batches, counts
+
+
+def print_tables(turns: Turns, limit: int, batches: int, counts: dict) -> None:
+    def parts(name: str) -> dict[str, float]:
+        """CPU seconds of a whole step."""
+        sampling = turns.median("sampling", name)
+        found = {
+            "prefill": turns.median("prefill", name),
+            "decoding": limit * (turns.median("step", name) - sampling),
+            "sampling": limit * sampling,
+            "reward": turns.median("reward", ON),
+            "reference pass": 0.0,
+            "forward and backward": batches
+            * turns.median("passes", name if name in PASSES else ON),
+            "optimizer": turns.median("optimizer", ON),
+        }
+        if name in (REFERENCE, OFF):
+            found["reference pass"] = batches * turns.median(
+                "reference", OFF if name == OFF else ON
+            )
+        return found
+
+    def sums(name: str) -> tuple[float, float, float]:
+        """Of the rollout, the update and the step."""
+        found = parts(name)
+        update = found["reference pass"] + found["forward and backward"] + found["optimizer"]
+        total = sum(found.values())
+        return total - update, update, total
+
+    on = sums(ON)
+    print(f"\n{'CPU time, without : with':26}{'rollout':>9}{'update':>9}{'step':>9}")
+    for name in (EXP, PREFILL, READY, SHARED, REFERENCE, OFF):
+        ratios = [off / with_all for off, with_all in zip(sums(name), on, strict=True)]
+        print(f"{name:26}" + "".join(f"{ratio:9.3f}" for ratio in ratios))
+    for name in (SORTED, PACKED):
+        print(f"{name:26}{'':9}{counts[name][0] / counts[ON][0]:9.3f}  of tokens computed")
+    for title, part in (("decoding step", "step"), ("micro-batch", "passes")):
+        python, total = statistics.median(turns.python[part]), turns.median(part, ON)
+        print(
+            f"next {title} built first: {1000 * python:.1f} of {1000 * total:.0f} ms are Python's, "
+            f"without : with {total / (total - python):.3f}"
+        )
+
+    print(f"\n{'CPU seconds, share':22}{OFF:>17}{ON:>17}")
+    shares = {name: parts(name) for name in (OFF, ON)}
+    for part in shares[ON]:
+        cells = [(found[part], 100 * found[part] / sums(name)[2]) for name, found in shares.items()]
+        print(f"{part:22}" + "".join(f"{s:9.2f} {share:5.1f} %" for s, share in cells))
+    print(f"{'step':22}" + "".join(f"{sums(name)[2]:9.2f}{'':8}" for name in shares))
+    print("\npeak memory, GB")
+    for (part, name), peak in turns.peaks.items():
+        print(f"  {part:12}{name:26}{peak:6.2f}")
 
 
 def main() -> None:
@@ -332,14 +318,13 @@ def main() -> None:
     parser.add_argument("--rows", default="data/*.jsonl", help="a file, a folder or a glob")
     parser.add_argument("--tokens", type=int, default=64, help="limit of a completion, 64")
     parser.add_argument("--micro-batch", type=int, default=4, help="training.batch_size, 4")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of every variant, 3")
-    parser.add_argument("--profile", action="store_true", help="the parts of a step instead")
+    parser.add_argument("--every", type=int, default=2, help="measure every n-th micro-batch, 2")
+    parser.add_argument("--count", action="store_true", help="only count the micro-batches' tokens")
     arguments = parser.parse_args()
     if not fast_exp.is_wanted():
-        sys.exit("error: the savings of the CPU on Linux are measured, but this is another device")
+        sys.exit("error: this measures the savings on a Linux CPU, and the device is another one")
     os.environ["QMD_DTYPE"] = "float32"
     config, _ = load_config("grpo")
-    config.model.sft = arguments.model
     config.dataset.name, config.dataset.max_samples = arguments.rows, PROMPTS
     config.dataset.eval_split = 0.0
     config.training.batch_size = arguments.micro_batch
@@ -348,11 +333,28 @@ def main() -> None:
     config.grpo.rollout_batch_size = PROMPTS * GROUP
     model, tokenizer = models.load_chain(models.read_chain(arguments.model), fuse_last=True)
     prompts = encode_prompts(read_rows(config).train, config, tokenizer)
-    step = Step(config, model, tokenizer, prompts, models.end_token(tokenizer))
-    if arguments.profile:
-        profile(step)
-    else:
-        compare(step, arguments.rounds)
+    add_fresh_lora(model, config)
+    end = models.end_token(tokenizer)
+
+    run = partial(sample, model, tokenizer, prompts, config, step=0, end=end)
+    rollouts, turns = run(), Turns(model)
+    lengths = sorted(len(r.tokens) for r in rollouts)
+    print(f"{sum(lengths)} tokens, completions of {lengths[0]} to {lengths[-1]}")
+    batches, counts = count_batches(rollouts, config)
+    if arguments.count:
+        return
+    mixed = sample_in_turns(turns, run)
+    assert [r.tokens for r in mixed] == [r.tokens for r in rollouts], "other completions"
+    print("  in turns: the same completions", flush=True)
+
+    def score() -> list:
+        set_rewards(rollouts, config.grpo)
+        set_advantages(rollouts, GROUP, config.grpo.scale_rewards)
+        return []
+
+    turns.measure("reward", ON, score)
+    update_in_turns(turns, batches, rollouts, config, arguments.every)
+    print_tables(turns, lengths[-1], len(batches), counts)
 
 
 if __name__ == "__main__":
