@@ -14,7 +14,8 @@ To add one:
 4. If its chat has another frame than ChatML, add a Frame to prompt.py.
 5. If its tokenizer.json splits text in a new way, add llama.cpp's name for that to PRE_TOKENIZERS in
    convert/gguf_tokenizer.py. It is chosen by the tokenizer, not by the architecture.
-6. If it has layers without attention, `mixer` gives their share in the memory estimate.
+6. If it has layers without attention, `mixer` gives their share in the memory estimate; if it has more
+   norms or another activation than llama, so does `kept`.
 7. Add a tiny random model to tests/tiny.py and to BASES in tests/test_llama_cpp.py, which compares
    its greedy tokens with those of a real llama.cpp; and to docs/bases.md.
 """
@@ -158,6 +159,8 @@ class Architecture:
         projections: the linear maps of its layers, by their names in a layer.
         mixer: from config.json to what a layer without attention keeps for the backward pass:
             numbers per token, and float32 numbers of a recurrence's state per token.
+        kept: how many times its hidden size and the width of its MLP a layer keeps per token for the
+            backward pass: inputs of norms and LoRA layers, both halves of SwiGLU.
         gguf_keys: from config.json to the keys that it has in addition to those of
             gguf_file.hyperparameters, or instead of them, without the prefix.
         gguf_layout: from config.json and a tensor's name and shape to how it is stored.
@@ -179,6 +182,7 @@ class Architecture:
     normalize: Callable[[dict], dict] = _same
     projections: Callable[[dict], dict[str, Projection]] = _projections
     mixer: Callable[[dict], tuple[int, int]] = _no_mixer
+    kept: tuple[int, int] = (4, 5)
     gguf_keys: Callable[[dict], dict[str, int | float | list[int]]] = _no_keys
     gguf_layout: Callable[[dict, str, tuple[int, ...]], Layout] = _as_it_is
     interleaved_rope: bool = False
@@ -551,6 +555,7 @@ ARCHITECTURES = {
             gguf_name="gemma3",
             frame=GEMMA,
             normalize=_gemma3_config,
+            kept=(8, 7),  # measured: two more norms, and a GELU by tanh
             gguf_keys=_gemma3_keys,
             gguf_layout=_gemma3_layout,
             sizes=("num_key_value_heads", "head_dim", "sliding_window"),

@@ -8,7 +8,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 from settings import default_config
-from tiny import make_llama, make_qwen3
+from tiny import make_gemma3, make_llama, make_qwen3
 
 from expander import model as models
 from expander.config import load_config
@@ -90,6 +90,13 @@ def test_float32_casts_neither_the_adapter_nor_logits(qwen):
     assert found.adapter == 4 * 6 * shape.adapter(16, config.lora.target_modules)
     assert found.activations == 3 * rows * 32 * (4 * KEPT + 4 * 4 * 32)
     assert found.logits == 64 * shape.vocabulary * 3 * 4  # 4 x 13 targets are padded to 64
+
+
+def test_gemma_keeps_more_for_its_norms_and_its_gelu(tmp_path):
+    """Eight of hidden and seven of ffn; heads of 16, one of them for keys and values."""
+    shape = shape_of(make_gemma3(tmp_path / "gemma"))
+    per_token = 4 * (8 * 64 + 7 * 128 + 3 * (64 + 16)) + 4 * 4 * 32
+    assert shape.layer_kinds(64, 32, width=4) == {64 * per_token: 7}
 
 
 def test_a_quantised_base_counts_its_bits_scales_and_biases(qwen):
@@ -301,3 +308,79 @@ def test_the_readme_has_the_estimates_in_bfloat16(monkeypatch):
             result = estimate(stage, config, shape, longest, width=2)
             found += [f"{result.peak / 1e9:.1f}", f"{result.resident / 1e9:.1f}"]
         assert figures == found, model
+
+
+# The table of other base models in docs/bases.md
+
+
+LFM2 = {
+    "model_type": "lfm2",
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "vocab_size": 65536,
+    "layer_types": ["full_attention" if i in (2, 5, 8, 10, 12, 14) else "conv" for i in range(16)],
+}
+GEMMA3 = {
+    "model_type": "gemma3_text",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "vocab_size": 262144,
+}
+QWEN35 = {
+    "model_type": "qwen3_5",
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "vocab_size": 248320,
+    "layer_types": [*["linear_attention"] * 3, "full_attention"] * 6,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+}
+GRANITE = {
+    "model_type": "granite",
+    "num_hidden_layers": 40,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 49159,
+}
+SMOLLM3 = {
+    "model_type": "smollm3",
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 128256,
+}
+# name -> the architecture's settings, heads or layers, hidden size, width of the MLP
+OTHERS = {
+    "LFM2-350M": (LFM2, {"num_attention_heads": 16}, 1024, 4608),
+    "LFM2.5-1.2B": (LFM2, {"num_attention_heads": 32}, 2048, 8192),
+    "Gemma 3 270M": (GEMMA3, {"num_hidden_layers": 18}, 640, 2048),
+    "Gemma 3 1B": (GEMMA3, {"num_hidden_layers": 26}, 1152, 6912),
+    "Qwen3.5-0.8B": (QWEN35, {}, 1024, 3584),
+    "Granite 3.3 2B": (GRANITE, {}, 2048, 8192),
+    "SmolLM3-3B": (SMOLLM3, {}, 2048, 11008),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_page_of_base_models_has_the_estimates_in_bfloat16(name):
+    page = (Path(__file__).parents[1] / "docs/bases.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {re.escape(name)} \| ([\d. |]+) \|$", page, re.M)
+    settings, more, hidden, ffn = OTHERS[name]
+    shape = Shape.of(settings | more | {"hidden_size": hidden, "intermediate_size": ffn})
+    small = ["training.gradient_checkpointing=true"]
+    single = [*small, "training.batch_size=1"]
+    found = []
+    for stage, changes, longest in (
+        ("sft", small, 512),
+        ("sft", single, 512),
+        ("sft", [*single, "model.load_in_4bit=true"], 512),
+        ("grpo", [], 64),
+    ):
+        config, _ = load_config(stage, None, changes)
+        found.append(f"{estimate(stage, config, shape, longest, width=2).peak / 1e9:.1f}")
+    assert row.split(" | ") == found

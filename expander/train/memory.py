@@ -59,13 +59,13 @@ class Shape:
     layers: int
     attention: int  # layers with attention; the others have a convolution or recurrence
     hidden: int
-    ffn: int
     query: int  # attention heads x head size
     key_value: int
     heads: int
     vocabulary: int
     tied: bool
     projections: dict[str, Projection]
+    kept: int  # numbers that each layer keeps per token, besides those of attention and `mixed`
     mixed: int = 0  # numbers that a convolution or recurrence keeps per token
     state: int = 0  # float32 numbers of a recurrence's state
     quantization: Quantization | None = None  # of the base's own files
@@ -81,17 +81,18 @@ class Shape:
         )
         packed = config.get("quantization")
         mixed, state = architecture.mixer(config)
+        norms, halves = architecture.kept
         return cls(
             layers=config["num_hidden_layers"],
             attention=len(attention_layers(config)),
             hidden=hidden,
-            ffn=config["intermediate_size"],
             query=heads * head,
             key_value=(config.get("num_key_value_heads") or heads) * head,
             heads=heads,
             vocabulary=config["vocab_size"],
             tied=config.get("tie_word_embeddings", True),
             projections=architecture.projections(config),
+            kept=norms * hidden + halves * config["intermediate_size"],
             mixed=mixed,
             state=state,
             quantization=Quantization(packed["bits"], packed["group_size"]) if packed else None,
@@ -140,13 +141,13 @@ class Shape:
     def layer_kinds(self, tokens: int, length: int, width: int) -> dict[int, int]:
         """Bytes that one layer keeps for the backward pass of `tokens` tokens in rows of `length`,
         by the kind of layer -> how many layers keep so much."""
-        # Inputs of norms and LoRA layers, both halves of SwiGLU.
-        numbers = 4 * self.hidden + 5 * self.ffn
         # Queries, keys and values. Attention weights are float32, where no fused kernel makes them
         # again.
-        attention = width * (numbers + 3 * (self.query + self.key_value)) + 4 * self.heads * length
+        attention = (
+            width * (self.kept + 3 * (self.query + self.key_value)) + 4 * self.heads * length
+        )
         # A recurrence is computed token by token, and keeps its float32 state of each.
-        other = width * (numbers + self.mixed) + 4 * STATES * self.state
+        other = width * (self.kept + self.mixed) + 4 * STATES * self.state
         kinds = {tokens * attention: self.attention, tokens * other: self.layers - self.attention}
         return {size: layers for size, layers in kinds.items() if layers}
 

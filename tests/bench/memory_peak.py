@@ -2,9 +2,10 @@
 
     python -m tests.bench.memory_peak -o memory.txt
 
-Every case trains a random Qwen3 with the real vocabulary by `train_sft` or `train_grpo`, in a process of
-its own, and reads MLX's peak. The models have a quarter of the width of Qwen3-0.6B and Qwen3-1.7B, and
-8 layers; the files are bfloat16, as on the Hub. `--case NAME` runs the cases whose name contains NAME.
+Every case trains a random model by `train_sft` or `train_grpo`, in a process of its own, and reads
+MLX's peak. The models are Qwen3 with the real vocabulary, a quarter of the width of Qwen3-0.6B and
+Qwen3-1.7B, and Gemma 3 as wide as 270M with a small vocabulary. They have 8 layers; the files are
+bfloat16, as on the Hub. `--case NAME` runs the cases whose name contains NAME.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from expander.train import grpo, sft
 from expander.train.batches import Row
 from expander.train.memory import Shape, estimate, peak_resident
 from tests.chains import make_adapter
-from tests.tiny import make_qwen3
+from tests.tiny import make_gemma3, make_qwen3
 
 MB = 1e6
 # Rows of the embedding, fewer for a 4-bit or bfloat16 head, whose product is slow on a CPU; ids that
@@ -35,6 +36,15 @@ MB = 1e6
 VOCABULARY, PACKED_VOCABULARY, TOKENS = 151_936, 32_768, 400
 SIZES = {"layers": 8, "heads": 4, "kv_heads": 2, "head_dim": 128}
 MODELS = {"0.6B": {"hidden": 256, "ffn": 768}, "1.7B": {"hidden": 512, "ffn": 1536}}
+GEMMA = {
+    "layers": 8,
+    "hidden": 640,
+    "heads": 4,
+    "kv_heads": 1,
+    "head_dim": 256,
+    "ffn": 2048,
+    "window": 512,
+}
 PROMPT = 24
 
 
@@ -64,15 +74,21 @@ def cases() -> Iterator[Case]:
                     yield Case("grpo", model, dtype, base, False, rows, length)
         yield Case("sft", "1.7B", dtype, "4-bit files", False, 2, 113)
         yield Case("grpo", "1.7B", dtype, "4-bit files", False, 2, 64)
+        for checkpointing in (False, True):
+            yield Case("sft", "Gemma", dtype, "full", checkpointing, 3, 113)
+        yield Case("grpo", "Gemma", dtype, "full", False, 3, 96)
 
 
 def make_base(folder: Path, model: str, dtype: str, base: str) -> Path:
-    """A random Qwen3 in bfloat16 files or 4-bit ones."""
-    small = make_qwen3(folder, **SIZES, **MODELS[model], vocab_pad=0)
-    fast = base == "full" and dtype == "float32"
-    rows = VOCABULARY if fast else PACKED_VOCABULARY
-    rows -= model_config(small)["vocab_size"]
-    make_qwen3(folder, **SIZES, **MODELS[model], vocab_pad=rows)
+    """A random model in bfloat16 files or 4-bit ones."""
+    if model == "Gemma":
+        make_gemma3(folder, **GEMMA)
+    else:
+        small = make_qwen3(folder, **SIZES, **MODELS[model], vocab_pad=0)
+        fast = base == "full" and dtype == "float32"
+        rows = VOCABULARY if fast else PACKED_VOCABULARY
+        rows -= model_config(small)["vocab_size"]
+        make_qwen3(folder, **SIZES, **MODELS[model], vocab_pad=rows)
     path = folder / "model.safetensors"
     weights = {name: value.astype(mx.bfloat16) for name, value in mx.load(str(path)).items()}
     mx.save_safetensors(str(path), weights, {"format": "pt"})
