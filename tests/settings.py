@@ -10,6 +10,6 @@ def default_config(**sections) -> Config:
     return replace(load_config("sft")[0], **sections)
 
 
-def section(name: str, **values):
+def section(name: str, /, **values):
     """One section, such as "training", with some of its keys changed."""
     return replace(getattr(default_config(), name), **values)

@@ -23,7 +23,7 @@ from expander import model as models
 from expander.train.logps import completion_logps, completion_states, pad
 from expander.train.loss import grpo_loss
 from expander.train.rollout import Rollout, micro_batches, sample, stack
-from tests.bench.grpo_vs_mlx_lm_lora import ALPHA, BETA, GROUP, PROMPTS, RANK, load_policy
+from tests.bench.grpo_rivals import ALPHA, BETA, GROUP, PROMPTS, RANK, load_policy
 from tests.settings import default_config, section
 
 ROWS, TEMPERATURE = 8, 1.0

@@ -18,28 +18,37 @@ from mlx_lm.cli_ui import make_console
 
 
 class Turn:
-    """The worker's side; `seconds` counts the time between its pauses."""
+    """The worker's side; counts the wall and CPU time between its pauses."""
 
     def __init__(self):
-        self.channel, self.seconds, self.since = sys.stdout, 0.0, None
+        self.channel, self.since = sys.stdout, None
+        self.seconds = self.cpu_seconds = 0.0
 
     def stop(self) -> None:
-        """Stop the clock."""
+        """Stop the clocks."""
         if self.since is not None:
-            self.seconds += time.perf_counter() - self.since
+            wall, cpu = self.since
+            self.seconds += time.perf_counter() - wall
+            self.cpu_seconds += time.process_time() - cpu
             self.since = None
 
+    def restart(self) -> None:
+        """Count from now on only."""
+        self.seconds = self.cpu_seconds = 0.0
+        self.since = time.perf_counter(), time.process_time()
+
     def pause(self, news: str = "") -> None:
-        """Let the other side take its turn. The clock starts after the first pause."""
+        """Let the other side take its turn. The clocks start after the first pause."""
         self.stop()
         self._send({"news": news})
         if not sys.stdin.readline():
             sys.exit("the parent process has ended")
-        self.since = time.perf_counter()
+        self.since = time.perf_counter(), time.process_time()
 
     def finish(self, figures: dict[str, float]) -> None:
         """Report the figures of this side, with its seconds."""
-        self._send({"figures": figures | {"seconds": self.seconds}})
+        clocks = {"seconds": self.seconds, "CPU seconds": self.cpu_seconds}
+        self._send({"figures": figures | clocks})
 
     def _send(self, message: dict) -> None:
         print(json.dumps(message), file=self.channel, flush=True)
