@@ -14,9 +14,9 @@ By hand, in an environment with this project's requirements and the rival:
 Both sides start from the fused SFT model in the device's dtype with fresh LoRA on all projections, each
 loaded and adapted by its own code. They sample the same prompts with the same group, limit and
 temperature, without top-p and top-k, score with reward.py and take one Adam step per rollout with the
-same beta. They take turns of one step (turns.py); the first step is not measured, because it compiles,
-and with beta ours needs no reference while the adapter is zero. Time runs from the second rollout to the
-end, adapters saved. Generated tokens are those sampled, the end token included.
+same beta. They take turns of one step (turns.py). The first step is not measured, because it compiles,
+and with beta ours needs no reference while the adapter is zero; --warm-up changes that. Time runs from
+the first measured rollout to the end, adapters saved. Generated tokens are those sampled, the end token included.
 
     ours          decodes all 32 completions together and computes a prompt once per step. The reference
                   is the policy with its adapter off. Forward passes of --micro-batch full-length rows.
@@ -51,7 +51,6 @@ from tests.settings import default_config, section
 PROMPTS, GROUP, TEMPERATURE, BETA = 4, 8, 1.0, 0.02
 RANK, ALPHA, LEARNING_RATE, SEED = 16, 32.0, 5e-5, 42
 GOALS = {"peak memory": "<= 0.7"}
-WARM_UP = 1  # steps not measured
 FUSED = "fused"
 
 
@@ -277,7 +276,7 @@ def run_unsloth(config: Config, folder: Path, count) -> None:
 RIVALS = {"mlx-lm-lora": run_mlx_lm_lora, "mlxrl": run_mlxrl, "unsloth": run_unsloth}
 
 
-def count_rollouts(turn: Turn, figures: dict, module, name: str, lengths_of) -> None:
+def count_rollouts(turn: Turn, figures: dict, warm_up: int, module, name: str, lengths_of) -> None:
     """Have `module.name`, with which a step begins, wait for its turn, and count what it samples."""
     sample = getattr(module, name)
     step = 0
@@ -285,7 +284,7 @@ def count_rollouts(turn: Turn, figures: dict, module, name: str, lengths_of) -> 
     def counted(*args, **kwargs):
         nonlocal step
         turn.pause(f"step {step}")
-        if step <= WARM_UP:
+        if step <= warm_up:
             turn.restart()
             figures.update({"completions": 0, "tokens": 0, "rollout seconds": 0.0})
         step += 1
@@ -300,11 +299,11 @@ def count_rollouts(turn: Turn, figures: dict, module, name: str, lengths_of) -> 
     setattr(module, name, counted)
 
 
-def work(side: str, config: Config, folder: Path) -> None:
+def work(side: str, config: Config, folder: Path, warm_up: int) -> None:
     figures: dict = {}
     with working(folder / f"{side}.log") as turn:
         run = RIVALS.get(side, run_ours)
-        run(config, folder, functools.partial(count_rollouts, turn, figures))
+        run(config, folder, functools.partial(count_rollouts, turn, figures, warm_up))
         turn.stop()
         turn.finish(figures | peaks())
 
@@ -312,7 +311,7 @@ def work(side: str, config: Config, folder: Path) -> None:
 def compare(arguments: argparse.Namespace, config: Config, folder: Path) -> None:
     def command(side: str) -> list:
         options = ["--sft", arguments.sft, "--rows", arguments.rows, "--side", side]
-        for name in ("steps", "tokens", "micro_batch", "beta"):
+        for name in ("steps", "warm_up", "tokens", "micro_batch", "beta"):
             options += [f"--{name.replace('_', '-')}", str(getattr(arguments, name))]
         script = [sys.executable, "-m", "tests.bench.grpo_rivals"]
         return [*script, *options, "--folder", folder]
@@ -325,7 +324,7 @@ def compare(arguments: argparse.Namespace, config: Config, folder: Path) -> None
         found["rollout tokens/s"] = found["tokens"] / found["rollout seconds"]
         found["step tokens/s"] = found["tokens"] / found["seconds"]
         found["CPU s/token"] = found["CPU seconds"] / found["tokens"]
-        found["steps/hour"] = (arguments.steps - WARM_UP) * 3600 / found["seconds"]
+        found["steps/hour"] = (arguments.steps - arguments.warm_up) * 3600 / found["seconds"]
     goal = (
         (">= 4" if arguments.beta == 0 else ">= 3") if arguments.rival == "mlx-lm-lora" else "> 1"
     )
@@ -462,6 +461,7 @@ def main() -> None:
     )
     parser.add_argument("--beta", type=float, default=BETA, help="weight of the KL, 0.02")
     parser.add_argument("--steps", type=int, default=8, help="default 8")
+    parser.add_argument("--warm-up", type=int, default=1, help="of them not measured, 1")
     parser.add_argument("--tokens", type=int, default=120, help="limit of a completion, 120")
     parser.add_argument("--micro-batch", type=int, default=4, help="completions per pass, 4")
     what = parser.add_mutually_exclusive_group()
@@ -472,12 +472,12 @@ def main() -> None:
     arguments = parser.parse_args()
     if PROMPTS * GROUP % arguments.micro_batch:
         parser.error(f"--micro-batch must divide {PROMPTS * GROUP}")
-    if arguments.steps <= WARM_UP:
-        parser.error(f"--steps must be more than {WARM_UP}, which are not measured")
+    if arguments.steps <= arguments.warm_up:
+        parser.error("--steps must be more than --warm-up")
     with tempfile.TemporaryDirectory() as temporary:
         config = configuration(arguments, arguments.folder or Path(temporary))
         if arguments.side:
-            work(arguments.side, config, arguments.folder)
+            work(arguments.side, config, arguments.folder, arguments.warm_up)
         elif arguments.check:
             check(config)
         elif arguments.profile:
