@@ -11,7 +11,7 @@ demo=outputs/demo
 base=$demo/SmolLM2-135M-Instruct
 mkdir -p $demo
 
-step "packages (half a minute)"
+step "packages (less than half a minute)"
 . examples/setup_venv.sh
 setup_venv requirements.txt
 . examples/fast_blas.sh
@@ -51,9 +51,10 @@ step "GGUF"
 
 step "results"
 "$python" -m examples.demo_table $demo/base.json $demo/SFT.json $demo/GRPO.json
-echo
-"$python" examples/expand.py --model $demo/grpo \
-    "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"
+for query in "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"; do
+    printf '\n$ python eval.py --model %s --decode qmd --query "%s"\n' "$demo/grpo" "$query"
+    "$python" eval.py --model $demo/grpo --decode qmd --query "$query"
+done
 cat <<TEXT
 
 Next, with the activated environment (. .venv/bin/activate):
