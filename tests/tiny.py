@@ -140,50 +140,59 @@ system user assistant search query search query the the the and and for of in on
 """
 
 
-def make_qwen3(
-    folder: Path,
+def _decoder(
     *,
     tied: bool = True,
     hidden: int = 64,
     layers: int = 2,
     heads: int = 4,
     kv_heads: int = 2,
-    head_dim: int = 16,
     ffn: int = 128,
+) -> dict:
+    """What config.json has in common for models with attention and a gated MLP in every layer."""
+    return {
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "initializer_range": 0.02,
+        "intermediate_size": ffn,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "num_key_value_heads": kv_heads,
+        "rope_scaling": None,
+        "tie_word_embeddings": tied,
+        "torch_dtype": "float32",
+        "use_cache": True,
+    }
+
+
+def make_qwen3(
+    folder: Path,
+    *,
+    head_dim: int = 16,
     seed: int = 0,
     vocab_pad: int = QWEN_VOCAB_PAD,
     full_vocab: bool = False,
+    **sizes,
 ) -> Path:
-    """Write a random float32 Qwen3 into `folder` and return it.
+    """Write a random float32 Qwen3 into `folder` and return it; `sizes` are those of `_decoder`.
 
     The embedding has `vocab_pad` rows more than the tokenizer has tokens. `full_vocab` gives the
     real 151,936 rows with made-up tokens; use it with `hidden=32` to stay at 20 MB.
     """
     tokenizer = qwen_tokenizer(full_vocab)
     end_of_text, im_end = (tokenizer.token_to_id(t) for t in ("<|endoftext|>", "<|im_end|>"))
-    config = {
+    config = _decoder(**sizes) | {
         "architectures": ["Qwen3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "bos_token_id": end_of_text,
         "eos_token_id": im_end,
         "head_dim": head_dim,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": ffn,
         "max_position_embeddings": 40960,
         "model_type": "qwen3",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
         "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
         "rope_theta": 1000000,
         "sliding_window": None,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float32",
-        "use_cache": True,
         "vocab_size": tokenizer.get_vocab_size() + vocab_pad,
     }
     tokenizer_config = {
@@ -214,44 +223,22 @@ def make_qwen3(
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
-def make_llama(
-    folder: Path,
-    *,
-    tied: bool = True,
-    hidden: int = 64,
-    layers: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    ffn: int = 128,
-    seed: int = 0,
-) -> Path:
-    """Write a random float32 llama in SmolLM2's layout into `folder` and return it."""
+def make_llama(folder: Path, *, seed: int = 0, **sizes) -> Path:
+    """Write a random float32 llama in SmolLM2's layout into `folder` and return it; `sizes` are those of `_decoder`."""
     tokenizer = llama_tokenizer()
     im_start, im_end = (tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
-    config = {
+    config = _decoder(**sizes)
+    config |= {
         "architectures": ["LlamaForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "bos_token_id": im_start,
         "eos_token_id": im_end,
-        "head_dim": hidden // heads,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": ffn,
+        "head_dim": config["hidden_size"] // config["num_attention_heads"],
         "max_position_embeddings": 8192,
         "mlp_bias": False,
         "model_type": "llama",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
         "pad_token_id": im_end,
         "rms_norm_eps": 1e-5,
-        "rope_scaling": None,
         "rope_theta": 100000,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float32",
-        "use_cache": True,
         "vocab_size": tokenizer.get_vocab_size(),
     }
     tokenizer_config = {
@@ -271,31 +258,15 @@ def make_llama(
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
-def make_smollm3(
-    folder: Path,
-    *,
-    tied: bool = True,
-    hidden: int = 64,
-    layers: int = 5,
-    heads: int = 4,
-    kv_heads: int = 2,
-    ffn: int = 128,
-    seed: int = 0,
-) -> Path:
-    """Write a random float32 SmolLM3 into `folder` and return it."""
+def make_smollm3(folder: Path, *, layers: int = 5, seed: int = 0, **sizes) -> Path:
+    """Write a random float32 SmolLM3 into `folder` and return it; `sizes` are those of `_decoder`."""
     tokenizer = smollm3_tokenizer()
     ids = {token: tokenizer.token_to_id(token) for token in SMOLLM3_SPECIAL}
     end_of_text, im_end = ids["<|end_of_text|>"], ids["<|im_end|>"]
-    config = {
+    config = _decoder(layers=layers, **sizes) | {
         "architectures": ["SmolLM3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "bos_token_id": ids["<|begin_of_text|>"],
         "eos_token_id": im_end,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": ffn,
         "layer_types": ["full_attention"] * layers,
         "max_position_embeddings": 65536,
         "max_window_layers": 28,
@@ -303,17 +274,10 @@ def make_smollm3(
         "model_type": "smollm3",
         "no_rope_layer_interval": 4,
         "no_rope_layers": [int((i + 1) % 4 != 0) for i in range(layers)],
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
         "pad_token_id": ids["<|finetune_right_pad_id|>"],
         "rms_norm_eps": 1e-6,
-        "rope_scaling": None,
         "rope_theta": 5000000.0,
         "sliding_window": None,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float32",
-        "use_cache": True,
         "use_sliding_window": False,
         "vocab_size": tokenizer.get_vocab_size() + 5,
     }
@@ -335,50 +299,27 @@ def make_smollm3(
         "temperature": 0.6,
         "top_p": 0.95,
     }
-    weights = _weights(config | {"head_dim": hidden // heads}, head_norms=False, seed=seed)
+    weights = _weights(config, head_norms=False, seed=seed)
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
-def make_granite(
-    folder: Path,
-    *,
-    tied: bool = True,
-    hidden: int = 64,
-    layers: int = 2,
-    heads: int = 4,
-    kv_heads: int = 2,
-    ffn: int = 128,
-    seed: int = 0,
-) -> Path:
-    """Write a random float32 Granite 3 into `folder` and return it."""
+def make_granite(folder: Path, *, seed: int = 0, **sizes) -> Path:
+    """Write a random float32 Granite 3 into `folder` and return it; `sizes` are those of `_decoder`."""
     tokenizer = granite_tokenizer()
-    config = {
+    config = _decoder(**sizes) | {
         "architectures": ["GraniteForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
         "attention_multiplier": 0.125,
         "bos_token_id": 0,
         "embedding_multiplier": 12.0,
         "eos_token_id": 0,
-        "hidden_act": "silu",
-        "hidden_size": hidden,
-        "initializer_range": 0.02,
-        "intermediate_size": ffn,
         "logits_scaling": 10.0,
         "max_position_embeddings": 131072,
         "mlp_bias": False,
         "model_type": "granite",
-        "num_attention_heads": heads,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": kv_heads,
         "pad_token_id": 0,
         "residual_multiplier": 1.75,
         "rms_norm_eps": 1e-5,
-        "rope_scaling": None,
         "rope_theta": 10000000.0,
-        "tie_word_embeddings": tied,
-        "torch_dtype": "float32",
-        "use_cache": True,
         "vocab_size": tokenizer.get_vocab_size(),
     }
     tokenizer_config = {
@@ -396,7 +337,7 @@ def make_granite(
         "vocab_size": 49152,
     }
     generation_config = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    weights = _weights(config | {"head_dim": hidden // heads}, head_norms=False, seed=seed)
+    weights = _weights(config, head_norms=False, seed=seed)
     return _write(folder, weights, tokenizer, config, tokenizer_config, generation_config)
 
 
@@ -900,9 +841,9 @@ def _weights(config: dict, *, head_norms: bool, seed: int) -> dict[str, np.ndarr
     """The weights of a model with attention and a gated MLP in every layer."""
     draw = Draw(seed)
     hidden, ffn, vocab = (config[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
-    head_dim = config["head_dim"]
-    q_rows = config["num_attention_heads"] * head_dim
-    kv_rows = config["num_key_value_heads"] * head_dim
+    size = config.get("head_dim") or hidden // config["num_attention_heads"]
+    q_rows = config["num_attention_heads"] * size
+    kv_rows = config["num_key_value_heads"] * size
 
     matrix, norm = draw.matrix, draw.norm
     weights = {"model.embed_tokens": matrix(vocab, hidden, gain=1), "model.norm": norm(hidden)}
@@ -921,7 +862,7 @@ def _weights(config: dict, *, head_norms: bool, seed: int) -> dict[str, np.ndarr
             "mlp.down_proj": matrix(hidden, ffn),
         }
         if head_norms:
-            layer |= {"self_attn.q_norm": norm(head_dim), "self_attn.k_norm": norm(head_dim)}
+            layer |= {"self_attn.q_norm": norm(size), "self_attn.k_norm": norm(size)}
         weights |= {f"model.layers.{index}.{name}": value for name, value in layer.items()}
     return {f"{name}.weight": value for name, value in weights.items()}
 

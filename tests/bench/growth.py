@@ -37,7 +37,7 @@ from expander.train.optim import AdamW
 from expander.train.rewards import set_rewards
 from expander.train.rollout import Rollout, rank_batches, sample, set_advantages, set_logps
 from expander.train.sft import completion_loss, tokenize_rows
-from tests.bench.savings import add_fresh_lora
+from tests.bench.grpo_rivals import add_fresh_lora
 
 NO_END = -1  # not the id of any token
 ROLLOUT, UPDATE, SFT = "rollout", "update", "SFT"

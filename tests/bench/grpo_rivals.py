@@ -44,7 +44,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from expander.architectures import PROJECTIONS
 from expander.config import Config
 from tests.bench.turns import Turn, alternate, peaks, print_table, working
 from tests.settings import default_config, section
@@ -90,13 +89,26 @@ def configuration(arguments: argparse.Namespace, folder: Path) -> Config:
     )
 
 
+def add_fresh_lora(model, config: Config) -> None:
+    """Add the LoRA layers that a run begins with."""
+    import mlx.core as mx
+
+    from expander import model as models
+
+    lora = config.lora
+    mx.random.seed(config.training.seed)
+    models.add_lora(
+        model, models.lora_config(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules)
+    )
+
+
 def load_policy(config: Config):
     """(model, tokenizer, end token, (query, prompt ids) pairs): SFT fused, fresh LoRA over it."""
     from expander import model as models
     from expander.train.inputs import encode_prompts, read_rows
 
     model, tokenizer = models.load_chain(models.read_chain(config.model.sft), fuse_last=True)
-    models.add_lora(model, models.lora_config(model, RANK, ALPHA, 0.0, PROJECTIONS))
+    add_fresh_lora(model, config)
     prompts = encode_prompts(read_rows(config).train, config, tokenizer)
     return model, tokenizer, models.end_token(tokenizer), prompts
 

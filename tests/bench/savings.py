@@ -52,7 +52,6 @@ from expander.decode import Batch, Sampler, TemperatureSampler
 from expander.lora import lora_layers
 from expander.train import logps, rollout
 from expander.train.grpo import batch_loss
-from expander.train.inputs import encode_prompts, read_rows
 from expander.train.optim import AdamW
 from expander.train.rewards import set_rewards
 from expander.train.rollout import (
@@ -65,8 +64,8 @@ from expander.train.rollout import (
     set_advantages,
     set_logps,
 )
+from tests.bench.grpo_rivals import GROUP, PROMPTS, load_policy
 
-PROMPTS, GROUP = 4, 8
 TOLERANCE = 1e-4
 
 ON, OFF = "all on", "all off"
@@ -95,14 +94,6 @@ def states_of_each(model, prompts, padding, rows, completions) -> mx.array:
 
 def in_order(rollouts: Sequence[Rollout], tokens: int, rows: int) -> list[list[Rollout]]:
     return [list(rollouts[first : first + rows]) for first in range(0, len(rollouts), rows)]
-
-
-def add_fresh_lora(model, config: Config) -> None:
-    lora = config.lora
-    mx.random.seed(config.training.seed)
-    models.add_lora(
-        model, models.lora_config(model, lora.rank, lora.alpha, lora.dropout, lora.target_modules)
-    )
 
 
 class Turns:
@@ -334,16 +325,14 @@ def main() -> None:
         sys.exit("error: this measures the savings on a Linux CPU, and the device is another one")
     os.environ["QMD_DTYPE"] = "float32"
     config, _ = load_config("grpo")
+    config.model.sft = arguments.model
     config.dataset.name, config.dataset.max_samples = arguments.rows, PROMPTS
     config.dataset.eval_split = 0.0
     config.training.batch_size = arguments.micro_batch
     config.grpo.reward, config.grpo.num_generations = "percentage", GROUP
     config.grpo.max_completion_length = arguments.tokens
     config.grpo.rollout_batch_size = PROMPTS * GROUP
-    model, tokenizer = models.load_chain(models.read_chain(arguments.model), fuse_last=True)
-    prompts = encode_prompts(read_rows(config).train, config, tokenizer)
-    add_fresh_lora(model, config)
-    end = models.end_token(tokenizer)
+    model, tokenizer, end, prompts = load_policy(config)
 
     run = partial(sample, model, tokenizer, prompts, config, step=0, end=end)
     rollouts, turns = run(), Turns(model)
