@@ -2,8 +2,9 @@
 #
 # MLX's wheel for Linux links a slow reference BLAS; an OpenBLAS that is preloaded replaces it. This
 # finds libopenblas.so.0, or installs Debian's libopenblas0-pthread if that needs no password, and
-# exports LD_PRELOAD and OPENBLAS_CORETYPE unless the caller has set them. It never fails: without
-# OpenBLAS everything runs, only slower. On macOS it does nothing.
+# exports LD_PRELOAD and OPENBLAS_CORETYPE unless the caller has set them, and GLIBC_TUNABLES, so that
+# memory comes in huge pages. It never fails: without OpenBLAS everything runs, only slower. On macOS
+# it does nothing.
 # shellcheck shell=sh
 
 _fast_blas_find() {
@@ -31,6 +32,9 @@ _fast_blas_install() {
 
 _fast_blas() {
     [ "$(uname -s)" = Linux ] || return 0
+    # With 4 KB pages the processor spends longer on finding the weights' pages than on multiplying,
+    # above all in a virtual machine. The thresholds keep large blocks in the heap and the heap large.
+    export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824}"
     case "${LD_PRELOAD:-}" in *blas* | *mkl*) return 0 ;; esac
     if ! _library=$(_fast_blas_find); then
         if ! _fast_blas_install || ! _library=$(_fast_blas_find); then

@@ -210,7 +210,7 @@ def test_buffers_kept_for_reuse_follow_the_device(device, monkeypatch):
     assert cache_limit() == 2 << 30
     monkeypatch.setattr(mx, "device_info", dict)  # a CPU
     monkeypatch.setattr(memory, "installed", lambda: 96 * 10**9)
-    assert cache_limit() == 1 << 30
+    assert cache_limit() == 256 << 20
 
 
 def test_a_proposal_fits_and_is_what_the_configuration_takes(qwen, device, monkeypatch):

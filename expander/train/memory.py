@@ -298,10 +298,10 @@ def recommended() -> int:
 def cache_limit() -> int:
     """Bytes of freed buffers that MLX may keep for reuse, on top of what a run needs.
 
-    An eighth of what the device recommends, 2 GiB at most; on a CPU 1 GiB, where a second one saves
-    no time.
+    An eighth of what the device recommends, 2 GiB at most; on a CPU 256 MiB, because malloc reuses
+    memory as well.
     """
-    most = 2 << 30 if recommended_memory() else 1 << 30
+    most = 2 << 30 if recommended_memory() else 256 << 20
     return min(most, recommended() // 8)
 
 
