@@ -28,16 +28,16 @@ train() { # stage; resumes an interrupted run
         "$python" train.py "$1" --config "examples/demo/$1.yaml" --overwrite
     fi
 }
-step "SFT: 44 steps (two and a half minutes)"
+step "SFT: 44 steps (two minutes)"
 train sft
-step "GRPO: 4 steps (four minutes)"
+step "GRPO: 6 steps (three and a half minutes)"
 train grpo
 
 # Every sixth evaluation query, so that all categories occur; none is in the training rows.
 awk '/^#/ { print; next } NF && ++n % 6 == 1' evals/queries.txt >$demo/queries.txt
 evaluate() { # name model queries tokens
     if [ ! "$demo/$1.json" -nt "$2" ]; then
-        step "evaluating $1 on $3 queries and $3 searches (one or two minutes)"
+        step "evaluating $1 on $3 queries and $3 searches (less than a minute)"
         "$python" eval.py --model "$2" --queries $demo/queries.txt --max-queries "$3" \
             --max-new-tokens "$4" --retrieval -o "$demo/$1.json" >"$demo/$1.txt"
     fi
@@ -51,10 +51,9 @@ step "GGUF"
 
 step "results"
 "$python" -m examples.demo_table $demo/base.json $demo/SFT.json $demo/GRPO.json
-for query in "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget"; do
-    printf '\n$ python eval.py --model %s --decode qmd --query "%s"\n' "$demo/grpo" "$query"
-    "$python" eval.py --model $demo/grpo --decode qmd --query "$query"
-done
+printf '%s\n' "auth config" "sourdough starter smells like acetone" "meeting notes Priya budget" >$demo/three.txt
+printf '\n$ python eval.py --model %s --decode qmd --queries %s -v\n' $demo/grpo $demo/three.txt
+"$python" eval.py --model $demo/grpo --decode qmd --queries $demo/three.txt -v
 cat <<TEXT
 
 Next, with the activated environment (. .venv/bin/activate):
