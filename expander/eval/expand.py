@@ -129,20 +129,32 @@ class Expander:
         self.options, self.max_seconds = (max_new_tokens, qmd_system_prompt), max_seconds
         self.batch_size, self.seed = batch_size, seed
 
+    def decoder(self, mode: str, samples: int) -> Decoder:
+        """What completes the prompts of one mode, greedy or qmd."""
+        settings = decode_settings(mode, *self.options, samples, self.max_seconds)
+        return Decoder(self.chain, self.loaded, settings, self.batch_size, self.seed)
+
     def expand(
         self, queries: Queries, mode: str, samples: int
     ) -> tuple[list[list[Expansion]], dict]:
         """Expand every query; return the expansions of each, and the record's "decode", "speed"."""
-        settings = decode_settings(mode, *self.options, samples, self.max_seconds)
-        decoder = Decoder(self.chain, self.loaded, settings, self.batch_size, self.seed)
+        decoder = self.decoder(mode, samples)
         expansions, speed = expand(decoder, queries)
-        return expansions, {"decode": settings, "speed": speed}
+        # A batch's time does not show how long a user waits for one query, so time one separately.
+        tokens, seconds = speed["tokens"], speed["seconds"]
+        if len(queries) * samples > 1:
+            query = queries[0][0]
+            [first], seconds = decoder.decode([(query, decoder.encode(query))], samples=1)
+            tokens = len(first.tokens)
+        speed["alone"] = {"tokens": tokens, "seconds": seconds}
+        return expansions, {"decode": decoder.settings, "speed": speed}
 
     def as_qmd(self, samples: int) -> Callable[[Sequence[str]], list[list[str]]]:
         """Queries → the completions of each, decoded as QMD does."""
 
         def completions(queries: Sequence[str]) -> list[list[str]]:
-            expansions, _ = self.expand([(query, None) for query in queries], "qmd", samples)
+            decoder = self.decoder("qmd", samples)
+            expansions, _ = expand(decoder, [(query, None) for query in queries])
             return [[expansion.text for expansion in found] for found in expansions]
 
         return completions
@@ -164,10 +176,6 @@ def expand(decoder: Decoder, queries: Queries) -> tuple[list[list[Expansion]], d
         order.extend(group)
         decoded.extend(completions)
         seconds += spent
-    # A batch's time does not show how long a user waits for one query, so time one separately.
-    first, seconds_alone = decoded[0], seconds
-    if len(decoded) > 1:
-        [first], seconds_alone = decoder.decode([(queries[0][0], prompts[0])], samples=1)
 
     expansions = {}
     for place, index in enumerate(order):
@@ -182,6 +190,5 @@ def expand(decoder: Decoder, queries: Queries) -> tuple[list[list[Expansion]], d
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
         "batch_size": decoder.batch_size,
-        "alone": {"tokens": len(first.tokens), "seconds": seconds_alone},
     }
     return [expansions[index] for index in range(len(queries))], speed
