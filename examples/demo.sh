@@ -30,7 +30,7 @@ train() { # stage; resumes an interrupted run
 }
 step "SFT: 44 steps (two minutes)"
 train sft
-step "GRPO: 4 steps (three minutes)"
+step "GRPO: 3 steps (two and a half minutes)"
 train grpo
 
 # Every sixth evaluation query, so that all categories occur; none is in the training rows.
