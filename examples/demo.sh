@@ -28,16 +28,16 @@ train() { # stage; resumes an interrupted run
         "$python" train.py "$1" --config "examples/demo/$1.yaml" --overwrite
     fi
 }
-step "SFT: 44 steps (two minutes)"
+step "SFT: 44 steps (about two minutes)"
 train sft
-step "GRPO: 3 steps (two and a half minutes)"
+step "GRPO: 3 steps (about three minutes)"
 train grpo
 
 # Every sixth evaluation query, so that all categories occur; none is in the training rows.
 awk '/^#/ { print; next } NF && ++n % 6 == 1' evals/queries.txt >$demo/queries.txt
 evaluate() { # name model queries tokens
     if [ ! "$demo/$1.json" -nt "$2" ]; then
-        step "evaluating $1 on $3 queries and $3 searches (less than a minute)"
+        step "evaluating $1 on $3 queries and $3 searches (up to a minute)"
         "$python" eval.py --model "$2" --queries $demo/queries.txt --max-queries "$3" \
             --max-new-tokens "$4" --retrieval -o "$demo/$1.json" >"$demo/$1.txt"
     fi
