@@ -32,8 +32,8 @@ _fast_blas_install() {
 
 _fast_blas() {
     [ "$(uname -s)" = Linux ] || return 0
-    # With 4 KB pages the processor spends longer on finding the weights' pages than on multiplying,
-    # above all in a virtual machine. The thresholds keep large blocks in the heap and the heap large.
+    # With 4 KB pages a decoding step can take longer to find the weights' pages than to multiply, above
+    # all in a virtual machine. The thresholds keep large blocks in the heap, and the heap large.
     export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=1073741824:glibc.malloc.trim_threshold=1073741824}"
     case "${LD_PRELOAD:-}" in *blas* | *mkl*) return 0 ;; esac
     if ! _library=$(_fast_blas_find); then

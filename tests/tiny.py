@@ -224,7 +224,10 @@ def make_qwen3(
 
 
 def make_llama(folder: Path, *, seed: int = 0, **sizes) -> Path:
-    """Write a random float32 llama in SmolLM2's layout into `folder` and return it; `sizes` are those of `_decoder`."""
+    """Write a random float32 llama in SmolLM2's layout into `folder` and return it.
+
+    `sizes` are those of `_decoder`.
+    """
     tokenizer = llama_tokenizer()
     im_start, im_end = (tokenizer.token_to_id(t) for t in ("<|im_start|>", "<|im_end|>"))
     config = _decoder(**sizes)
@@ -259,7 +262,10 @@ def make_llama(folder: Path, *, seed: int = 0, **sizes) -> Path:
 
 
 def make_smollm3(folder: Path, *, layers: int = 5, seed: int = 0, **sizes) -> Path:
-    """Write a random float32 SmolLM3 into `folder` and return it; `sizes` are those of `_decoder`."""
+    """Write a random float32 SmolLM3 into `folder` and return it.
+
+    `sizes` are those of `_decoder`.
+    """
     tokenizer = smollm3_tokenizer()
     ids = {token: tokenizer.token_to_id(token) for token in SMOLLM3_SPECIAL}
     end_of_text, im_end = ids["<|end_of_text|>"], ids["<|im_end|>"]
@@ -304,7 +310,10 @@ def make_smollm3(folder: Path, *, layers: int = 5, seed: int = 0, **sizes) -> Pa
 
 
 def make_granite(folder: Path, *, seed: int = 0, **sizes) -> Path:
-    """Write a random float32 Granite 3 into `folder` and return it; `sizes` are those of `_decoder`."""
+    """Write a random float32 Granite 3 into `folder` and return it.
+
+    `sizes` are those of `_decoder`.
+    """
     tokenizer = granite_tokenizer()
     config = _decoder(**sizes) | {
         "architectures": ["GraniteForCausalLM"],
